@@ -1,0 +1,231 @@
+"""`clipdist <job>`: configs, overrides, --explain, --dry-run; what people see, and exit codes.
+
+Exit codes: 0 done, 1 a fault of the program or the cluster, 2 a mistake in what was asked for, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # or workers start through `uv run` again
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from clipdist import __version__
+from clipdist.config import Loaded, Section, UserError, explain, load
+
+JOBS = {
+    "prepare": ("PrepareConfig", "raw tables, folders or tars -> validated pairs"),
+    "train": ("TrainConfig", "pairs + a CLIP -> a CLIP of your domain"),
+    "embed": ("EmbedConfig", "catalog or pairs -> image and text embeddings"),
+    "evaluate": ("EvaluateConfig", "embeddings -> metrics, heatmap, report"),
+    "search": ("SearchConfig", "text or a picture -> hits"),
+}
+MODULES = {"search": "clipdist.find"}
+
+EXAMPLES = """examples:
+  clipdist demo                                        the whole journey in a few minutes, nothing to prepare
+  clipdist prepare jobs/prepare.yaml --dry-run         look at the input before hours of work
+  clipdist train jobs/train.yaml workers.num_workers=8 any value can be given as key=value
+  clipdist embed jobs/embed.yaml --explain             every value, where it comes from, what it means
+  clipdist search runs/embeddings --text "red summer dress" --html hits.html
+  clipdist info runs/pairs                             what any folder of clipdist is
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except UserError as error:
+        several = f"{len(error.problems)} problems:\n  " if len(error.problems) > 1 else ""
+        print(f"clipdist {options.command}: {several}" + "\n  ".join(error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nclipdist {options.command}: interrupted. What is finished stays; run the same command again to go on.",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clipdist",
+        description="Turn a general CLIP into the image search of one domain.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"clipdist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, meaning) in JOBS.items():
+        command = commands.add_parser(
+            name,
+            help=meaning,
+            description=meaning[0].upper() + meaning[1:] + ".",
+            epilog=_job_epilog(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _job_arguments(command, name)
+        command.set_defaults(run=_run_search if name == "search" else _run_job)
+    info = commands.add_parser("info", help="what a folder of clipdist is: stamp, rows, rejects, size")
+    info.add_argument("path")
+    info.add_argument("--format", choices=("table", "json"), default="table")
+    info.set_defaults(run=_run_info)
+    demo = commands.add_parser("demo", help="the whole journey on emoji pictures (needs the extra `demo`)")
+    demo.add_argument(
+        "folder", nargs="?", default="clipdist-demo", help="where everything goes (clipdist-demo)"
+    )
+    demo.set_defaults(run=_run_demo)
+    starter = commands.add_parser(
+        "starter", help="a small starter CLIP out of installable packages (extra `demo`)"
+    )
+    starter.add_argument("pairs", help="pairs whose pictures fit the projection")
+    starter.add_argument("output", help="folder of the model")
+    starter.add_argument("--image-size", type=int, default=128, help="pixels per side (128)")
+    starter.set_defaults(run=_run_starter)
+    return parser
+
+
+def _job_epilog(name: str) -> str:
+    if name == "search":
+        return (
+            'examples:\n  clipdist search runs/embeddings --text "red summer dress"\n'
+            "  clipdist search runs/embeddings --image shoe.jpg --for texts\n"
+            '  clipdist search runs/embeddings --text "pink backpack" --top 20 --html hits.html\n'
+            "  clipdist search jobs/search.yaml top=5\n"
+        )
+    return (
+        f"examples:\n  clipdist {name} jobs/{name}.yaml\n  clipdist {name} jobs/{name}.yaml output=runs/other --explain\n"
+        f"  ray job submit --working-dir . -- python jobs/{name}.py jobs/{name}.yaml\n"
+    )
+
+
+def _job_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    what = "EMBEDDINGS folder, or a CONFIG.yaml" if name == "search" else "a CONFIG.yaml"
+    command.add_argument("config", nargs="?", help=what)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file's")
+    command.add_argument(
+        "--explain", action="store_true", help="print every value, its origin and meaning, and stop"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything on a few rows, write nothing, and stop"
+    )
+    if name == "search":
+        command.add_argument(
+            "--text", action="append", default=[], help="a query text; may be given several times"
+        )
+        command.add_argument(
+            "--image", action="append", default=[], help="a query picture: a path or an http(s) URL"
+        )
+        command.add_argument("--for", dest="find", choices=("images", "texts"), help="what to find (images)")
+        command.add_argument("--top", type=int, help="hits per query (10)")
+        command.add_argument(
+            "--model", help="the model, when it is no longer where the embeddings' stamp says"
+        )
+        command.add_argument("--format", choices=("table", "json"), help="how hits are printed (table)")
+        command.add_argument("--html", metavar="FILE", help="also write a gallery with pictures")
+
+
+def load_job(name: str, path: str | None, overrides: Sequence[str]) -> Loaded[Any]:
+    """The config of a job, out of a file and overrides. UserError with all problems."""
+    module = importlib.import_module(MODULES.get(name, f"clipdist.{name}"))
+    kind: type[Section] = getattr(module, JOBS[name][0])
+    return load(kind, path, overrides)
+
+
+def _run_job(options: argparse.Namespace) -> int:
+    path, overrides = options.config, list(options.overrides)
+    if path is not None and "=" in path and not os.path.exists(path):
+        path, overrides = None, [path, *overrides]
+    if path is None and not overrides:
+        raise UserError("give a CONFIG.yaml or key=value settings; --help shows examples")
+    loaded = load_job(options.command, path, overrides)
+    return _run_loaded(options, loaded)
+
+
+def _run_loaded(options: argparse.Namespace, loaded: Loaded[Any]) -> int:
+    module: Any = importlib.import_module(MODULES.get(options.command, f"clipdist.{options.command}"))
+    if options.explain:
+        print(explain(loaded, module.derived(loaded.config)))
+    if options.dry_run:
+        print(_facts([("dry run", "nothing was written"), *module.dry_run(loaded.config)]))
+    if options.explain or options.dry_run:
+        return 0
+    result = module.run(loaded.config)
+    _print_outcome(options.command, module, loaded.config, result)
+    return 0
+
+
+def _print_outcome(command: str, module: Any, config: Any, result: Any) -> None:
+    from clipdist import storage
+    from clipdist.info import rejects_table
+
+    output = storage.absolute(config.output) if getattr(config, "output", None) else None
+    if command in ("prepare", "embed"):
+        print(_facts([*module.summary(result), ("output", output)]))
+        if rejects := rejects_table(result):
+            print("\nrejected:\n" + rejects)
+    elif command == "train":
+        print(module.summary(output, result))
+    elif command == "evaluate":
+        print(module.summary(result))
+        print(f"report: {output}/report.html")
+
+
+def _run_search(options: argparse.Namespace) -> int:
+    path, overrides = options.config, list(options.overrides)
+    if path is not None and "=" in path and not os.path.exists(path):
+        path, overrides = None, [path, *overrides]
+    elif path is not None and not path.endswith((".yaml", ".yml")):
+        path, overrides = None, [f"embeddings={json.dumps(path)}", *overrides]
+    flags = {
+        "find": options.find,
+        "top": options.top,
+        "format": options.format,
+        "html": options.html,
+        "model": options.model,
+    }
+    flags |= {"texts": options.text or None, "images": options.image or None}
+    overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return _run_loaded(options, load_job("search", path, overrides))
+
+
+def _run_info(options: argparse.Namespace) -> int:
+    from clipdist.info import describe, show
+
+    found = describe(options.path)
+    print(json.dumps(found, indent=1, default=str) if options.format == "json" else show(found))
+    return 0
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from clipdist import demo
+
+    return demo.run(options.folder)
+
+
+def _run_starter(options: argparse.Namespace) -> int:
+    from clipdist import starter
+
+    print(_facts(starter.make_from_pairs(options.pairs, options.output, options.image_size)))
+    return 0
+
+
+def _facts(facts: Sequence[tuple[str, Any]]) -> str:
+    longest = max((len(name) for name, _ in facts), default=0)
+    return "\n".join(f"{name:<{longest}}  {value}" for name, value in facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The search job: queries -> hits, as a table, JSON lines or a gallery with pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from clipdist.config import Section, UserError
+from clipdist.gallery import Section as GallerySection
+from clipdist.gallery import Tile, gallery
+from clipdist.report import table
+from clipdist.searcher import Hit, Searcher, open_picture
+
+Find = Literal["images", "texts"]
+
+
+class SearchConfig(Section):
+    """Embeddings + queries -> hits."""
+
+    embeddings: str
+    """What `embed` made."""
+    texts: tuple[str, ...] = ()
+    """Query texts."""
+    images: tuple[str, ...] = ()
+    """Query pictures: paths or http(s) URLs."""
+    find: Find = "images"
+    """What picture queries find: images like them, or texts that fit them. Texts find images."""
+    top: int = Field(10, ge=1)
+    """Hits per query."""
+    model: str | None = None
+    """Where the model lies, when it is no longer where the embeddings' stamp says."""
+    format: Literal["table", "json"] = "table"
+    """A table for people, or one JSON object per query."""
+    html: str | None = None
+    """Also write a gallery with pictures to this file."""
+    allow_private_hosts: bool = False
+    """Whether picture URLs may lead to addresses inside your network."""
+
+
+def run(config: SearchConfig) -> None:
+    """Prints the hits of every query. UserError for a query that cannot be read, before any is answered."""
+    if not config.texts and not config.images:
+        raise UserError("give a query: --text TEXT or --image FILE_OR_URL")
+    pictures = {
+        name: open_picture(name, allow_private_hosts=config.allow_private_hosts) for name in config.images
+    }
+    searcher = Searcher(config.embeddings, config.model, allow_private_hosts=config.allow_private_hosts)
+    answers: list[tuple[str, Sequence[Hit]]] = []
+    for text in config.texts:
+        answers.append((text, searcher.find_image_from_text(text, config.top)))
+    for name, picture in pictures.items():
+        find = searcher.find_image_from_image if config.find == "images" else searcher.find_text_from_image
+        answers.append((name, find(picture, config.top)))
+    for query, hits in answers:
+        _print(config, query, hits)
+    if config.html is not None:
+        _write_gallery(config, answers, pictures)
+
+
+def dry_run(config: SearchConfig) -> list[tuple[str, str]]:
+    searcher = Searcher(config.embeddings, config.model)
+    return [("model", f"{searcher.towers.dim} dimensions, the one that made the embeddings")]
+
+
+def derived(config: SearchConfig) -> list[tuple[str, str]]:
+    return [("queries", f"{len(config.texts)} texts, {len(config.images)} pictures")]
+
+
+def _print(config: SearchConfig, query: str, hits: Sequence[Hit]) -> None:
+    if config.format == "json":
+        found = [
+            {
+                "id": h.id,
+                "score": h.score,
+                "description": h.description,
+                "image_uri": h.image_uri,
+                **h.columns,
+            }
+            for h in hits
+        ]
+        print(json.dumps({"query": query, "hits": found}, ensure_ascii=False, default=str))
+        return
+    rows = [[rank, f"{hit.score:.4f}", hit.id, hit.description or ""] for rank, hit in enumerate(hits, 1)]
+    print(f"{query}\n{table(['rank', 'score', 'id', 'description'], rows, max_width=118)}\n")
+
+
+def _write_gallery(
+    config: SearchConfig, answers: Sequence[tuple[str, Sequence[Hit]]], pictures: dict
+) -> None:  # type: ignore[type-arg]
+    path = Path(config.html or "")
+    sections = []
+    for query, hits in answers:
+        tiles = [Tile(hit.picture_or_none(), hit.description or "", hit.score, id=hit.id) for hit in hits]
+        sections.append(GallerySection(query, tiles, picture=pictures.get(query)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gallery(path, title="Search", intro=f"{config.embeddings}", sections=sections)
+    except OSError as error:
+        raise UserError(f"html: {path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,129 @@
+"""What any artefact is: kind, stamp, rows, rejects by reason, size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from clipdist import storage
+from clipdist.config import UserError
+from clipdist.ledger import Manifest, read_manifest
+from clipdist.report import file_size, number, table
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Facts of the artefact at `path`, as plain data. UserError when it is none."""
+    uri = storage.absolute(path)
+    if not storage.exists(uri):
+        raise UserError(f"{path}: no such folder")
+    names = set(storage.names(uri))
+    if "plan.json" in names:
+        return _describe_table(uri)
+    if "metrics.json" in names:
+        return _read(uri, "metrics.json") | {"kind": "metrics", "path": uri}
+    if "stamp.json" in names:
+        return _describe_run(uri, names)
+    if "open_clip_config.json" in names:
+        own = _read(uri, "clipdist.json") if "clipdist.json" in names else {}
+        return {"kind": "checkpoint", "path": uri, "bytes": _size(uri), **own}
+    raise UserError(
+        f"{path}: not a folder of clipdist (no plan.json, metrics.json, stamp.json or open_clip_config.json)"
+    )
+
+
+def show(found: dict[str, Any]) -> str:
+    """The facts as lines for a person; rejects as a table."""
+    rejects = found.pop("rejected", None)
+    rows = [(name, _shown(name, value)) for name, value in _flat(found)]
+    longest = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{longest}}  {value}" for name, value in rows]
+    if rejects:
+        lines += ["", "rejected:", _rejects(rejects)]
+    return "\n".join(lines)
+
+
+def rejects_table(manifest: Manifest) -> str:
+    """Rejects by table and reason; empty when there are none."""
+    return _rejects(manifest.rejected)
+
+
+def _rejects(rejected: dict[str, dict[str, int]]) -> str:
+    rows = [
+        [name, reason, number(count)]
+        for name, reasons in rejected.items()
+        for reason, count in reasons.items()
+    ]
+    return table(["table", "reason", "rows"], rows) if rows else ""
+
+
+def _describe_table(uri: str) -> dict[str, Any]:
+    try:
+        manifest = read_manifest(uri)
+    except UserError as error:
+        plan = _read(uri, "plan.json")
+        return {"kind": plan["stamp"]["kind"], "path": uri, "state": str(error).removeprefix(f"{uri}: ")}
+    rows = {name: manifest.written(name) for name in manifest.planned}
+    splits: dict[str, int] = {}
+    for file in manifest.files:
+        if file.split is not None:
+            splits[file.split] = splits.get(file.split, 0) + file.rows
+    facts = {
+        "kind": manifest.stamp.kind,
+        "path": uri,
+        "state": "finished",
+        "rows": rows,
+        "planned": manifest.planned,
+    }
+    facts |= {"splits": splits} if splits else {}
+    facts |= {"files": len(manifest.files), "bytes": sum(file.file_bytes for file in manifest.files)}
+    return facts | {"stamp": manifest.stamp.to_json(), "rejected": manifest.rejected}
+
+
+def _describe_run(uri: str, names: set[str]) -> dict[str, Any]:
+    facts = {
+        "kind": "training run",
+        "path": uri,
+        "state": "finished" if "result.json" in names else "not finished",
+    }
+    if "result.json" in names:
+        facts |= _read(uri, "result.json")
+    return facts | {
+        "checkpoints": storage.names(storage.join(uri, "checkpoints")),
+        "stamp": _read(uri, "stamp.json"),
+    }
+
+
+def _read(uri: str, name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, name)))
+    return value
+
+
+def _size(uri: str) -> int:
+    return sum(size for _, size in storage.walk_files(uri))
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, item in value.items():
+        rows += (
+            _flat(item, f"{prefix}{name}.")
+            if isinstance(item, dict) and item
+            else [(f"{prefix}{name}", item)]
+        )
+    return rows
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "bytes" or name.endswith(".bytes"):
+        return file_size(value)
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, int):
+        return number(value)
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )

@@ -1,0 +1,106 @@
+"""Arrow schemas of the tables between the jobs, and the Stamp that tells what made a table."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Raised by hand whenever a reader of the old layout could not read the new one."""
+
+ROW_GROUP_ROWS = 256
+"""Rows per row group of a pairs shard: what one random read of the trainer fetches."""
+
+Kind = Literal["pairs", "embeddings", "checkpoint", "metrics"]
+
+RESERVED = (
+    "id",
+    "image",
+    "captions",
+    "group",
+    "split",
+    "embedding",
+    "caption",
+    "image_uri",
+    "pair_id",
+    "thumbnail",
+)
+"""Column names that clipdist fills itself; passthrough columns need other names."""
+
+REJECTS = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        pa.field("table", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string()),
+    ]
+)
+
+
+def pairs_schema(passthrough: Sequence[pa.Field]) -> pa.Schema:
+    """One row per pair: the original encoded picture with all its captions."""
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("image", pa.binary(), nullable=False),
+            pa.field("captions", pa.list_(pa.string()), nullable=False),
+            pa.field("group", pa.string()),
+            pa.field("split", pa.string(), nullable=False),
+            *passthrough,
+        ]
+    )
+
+
+def embeddings_schema(table: str, dim: int, passthrough: Sequence[pa.Field]) -> pa.Schema:
+    """One row per picture (`images`) or per caption (`texts`, id `<pair id>#<n>`); embeddings are L2-normalised."""
+    vector = pa.list_(pa.field("element", pa.float16(), nullable=False), dim)
+    own = [pa.field("pair_id", pa.string(), nullable=False)] if table == "texts" else []
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("embedding", vector, nullable=False),
+            *own,
+            pa.field("caption", pa.string()),
+            pa.field("image_uri", pa.string()),
+            pa.field("group", pa.string()),
+            pa.field("split", pa.string()),
+            *passthrough,
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What made an artefact. `identity` is compared by readers and reruns; `recorded` is for people."""
+
+    kind: str
+    identity: dict[str, Any]
+    recorded: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Stamp:
+        return Stamp(value["kind"], value["identity"], value.get("recorded", {}), value["schema_version"])
+
+
+def recorded(**facts: Any) -> dict[str, Any]:
+    """When and with which libraries: written down, never compared."""
+    packages = ("clipdist", "ray", "torch", "open_clip_torch", "pillow", "pyarrow", "numpy")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"made_at": now, "versions": {name: _version(name) for name in packages}, **facts}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

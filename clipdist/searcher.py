@@ -1,0 +1,143 @@
+"""Text, a picture, a path or a URL -> hits with description, score and picture. The model is loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipdist import images, storage, towers
+from clipdist.config import UserError, differences
+from clipdist.images import BadImage
+from clipdist.pictures import read_picture
+from clipdist.search import Index
+from clipdist.towers import ModelConfig, Towers
+
+Picture = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One found row. `score` is the cosine similarity; `columns` holds the passthrough columns."""
+
+    id: str
+    description: str | None
+    score: float
+    image_uri: str | None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def picture(self) -> Image.Image:
+        """The picture, decoded. Raises BadImage when it is gone from where the catalog had it."""
+        return images.decode(read_picture(self.image_uri))
+
+    def picture_or_none(self) -> Image.Image | None:
+        try:
+            return self.picture()
+        except BadImage:
+            return None
+
+
+class Searcher:
+    """Searches one embeddings artefact with the model that made it."""
+
+    def __init__(
+        self,
+        embeddings: str,
+        model: str | None = None,
+        *,
+        device: str = "cpu",
+        allow_private_hosts: bool = False,
+    ) -> None:
+        """`model`: only when it is no longer where it was; UserError when its weights or preprocessing differ."""
+        self.uri, self.allow_private_hosts = embeddings, allow_private_hosts
+        manifest_stamp = Index.open(embeddings, _any_table(embeddings)).stamp
+        record = manifest_stamp.recorded
+        config = ModelConfig(
+            name=model or record["model"],
+            pretrained=None if model else record["pretrained"],
+            image_size=None if model else record["image_size"],
+        )
+        self.device = torch.device(device)
+        self.towers: Towers = towers.load(config).to(self.device).requires_grad_(False)
+        ours = {"weights_sha256": towers.weights_sha256(config, self.towers), "dim": self.towers.dim}
+        ours |= {"decode": images.DECODE_ID, **self.towers.identity()}
+        found = differences(ours, {name: manifest_stamp.identity[name] for name in ours})
+        if found:
+            lines = [f"  {name}: {there} in the embeddings, {now} in the model" for name, now, there in found]
+            raise UserError("\n".join([f"{embeddings}: made by another model than {config.name}:", *lines]))
+
+    @cached_property
+    def images(self) -> Index:
+        return Index.open(self.uri, "images")
+
+    @cached_property
+    def texts(self) -> Index:
+        return Index.open(self.uri, "texts")
+
+    def find_image_from_text(self, text: str, k: int = 10) -> list[Hit]:
+        """The k pictures nearest to a text."""
+        return _hits(self.images, self.embed_text(text), k)
+
+    def find_text_from_image(self, picture: Picture, k: int = 10) -> list[Hit]:
+        """The k captions nearest to a picture: a path, an http(s) URL, or a PIL image."""
+        return _hits(self.texts, self.embed_image(picture), k)
+
+    def find_image_from_image(self, picture: Picture, k: int = 10) -> list[Hit]:
+        """The k pictures nearest to a picture; a catalog picture finds itself first."""
+        return _hits(self.images, self.embed_image(picture), k)
+
+    def embed_text(self, text: str) -> NDArray[np.float32]:
+        """L2-normalised float32 [dim]. UserError when the text is empty."""
+        if not text.strip():
+            raise UserError("the query text is empty")
+        with torch.inference_mode():
+            tokens = self.towers.tokenise([text]).to(self.device)
+            return np.asarray(self.towers.text_embeddings(tokens)[0].float().cpu().numpy())
+
+    def embed_image(self, picture: Picture) -> NDArray[np.float32]:
+        """L2-normalised float32 [dim]. UserError with the reason when the picture cannot be read."""
+        pixels = self.towers.preprocess(open_picture(picture, allow_private_hosts=self.allow_private_hosts))
+        with torch.inference_mode():
+            batch = torch.from_numpy(pixels)[None].to(self.device)
+            return np.asarray(self.towers.image_embeddings(batch)[0].float().cpu().numpy())
+
+
+def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Image.Image:
+    """A query picture, decoded as the catalog's are. UserError with the reason when that fails."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    name = str(picture)
+    uri = name if name.startswith(("http://", "https://")) else storage.absolute(name)
+    try:
+        return images.decode(read_picture(uri, allow_private_hosts=allow_private_hosts))
+    except BadImage as error:
+        raise UserError(f"{name}: {error.reason}: {error}") from None
+
+
+def _hits(index: Index, query: NDArray[np.float32], k: int) -> list[Hit]:
+    if k < 1:
+        raise UserError(f"k: expected at least 1, got {k}")
+    found = index.search(query, k)
+    return [
+        _hit(row, score) for row, score in zip(index.describe(found.rows[0]), found.scores[0], strict=True)
+    ]
+
+
+def _hit(row: dict[str, Any], score: float) -> Hit:
+    own = ("id", "caption", "image_uri")
+    columns = {name: value for name, value in row.items() if name not in own and value is not None}
+    return Hit(row["id"], row["caption"], float(score), row["image_uri"], columns)
+
+
+def _any_table(uri: str) -> str:
+    from clipdist.ledger import read_manifest
+
+    tables: Sequence[str] = list(read_manifest(storage.absolute(uri), "embeddings").planned)
+    return tables[0] if tables else "images"

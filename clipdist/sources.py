@@ -1,0 +1,313 @@
+"""Raw inputs as a stream of rows: CSV, TSV, JSONL and Parquet tables, picture folders, class folders, WebDataset tars.
+
+A row is a dict of the input's own columns plus `image_uri`, where its picture's bytes are (`pictures.py` reads them):
+a path or URL, `FILE.tar#bytes=OFFSET+SIZE`, or `FILE.parquet#row=GROUP:ROW:COLUMN`. No picture is read here.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from clipdist import storage
+from clipdist.config import Section, UserError
+
+Row = dict[str, Any]
+SourceKind = Literal["csv", "jsonl", "parquet", "folder", "class_folders", "webdataset"]
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+EXTENSIONS: dict[str, SourceKind] = {
+    ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "webdataset",
+}  # fmt: skip
+OWN_COLUMNS = {
+    "folder": ("id", "text"),
+    "class_folders": ("id", "label"),
+    "webdataset": ("id", "text", "label"),
+}
+
+
+class SourceConfig(Section):
+    """Where the raw rows are."""
+
+    path: str
+    """A CSV, TSV, JSONL or Parquet file (or a folder or glob of them), a folder of pictures with .txt captions
+    beside them, a folder per class, or WebDataset tars. A local path or a URL such as s3://bucket/prefix."""
+    kind: Literal["auto"] | SourceKind = "auto"
+    """What `path` is; auto goes by the file names."""
+    image_column: str = "image"
+    """Column of a table with the picture: a relative or absolute path, a URL, or the bytes (Parquet)."""
+    image_root: str | None = None
+    """Where relative picture paths start; by default the folder of the table."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened input: its files, its columns, and a fingerprint that changes when the files do."""
+
+    config: SourceConfig
+    kind: SourceKind
+    files: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def fingerprint(self) -> dict[str, Any]:
+        shown = {path: storage.fingerprint(path) for path in self.files[:1000]}
+        return {"path": storage.absolute(self.config.path), "files": len(self.files), "content": shown}
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, in a fixed order. A row that cannot be parsed comes as {"malformed": message}."""
+        readers = {"csv": _csv_rows, "jsonl": _jsonl_rows, "parquet": _parquet_rows, "webdataset": _tar_rows}
+        if self.kind in ("folder", "class_folders"):
+            yield from _folder_rows(self)
+            return
+        for path in self.files:
+            yield from readers[self.kind](self, path)
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Finds the files and their columns. UserError when there are none or a column is missing."""
+    root = storage.absolute(config.path)
+    files = _files(root)
+    if not files:
+        raise UserError(f"source.path: {config.path}: no such file or folder")
+    kind = _kind(config, root, files)
+    wanted = [name for name in files if name.lower().endswith(tuple(_extensions(kind)))]
+    if not wanted:
+        raise UserError(f"source.path: {config.path}: holds no {' or '.join(_extensions(kind))} file")
+    columns = _columns(kind, wanted[0])
+    source = Source(config, kind, tuple(wanted), columns)
+    if kind in ("csv", "jsonl", "parquet"):
+        require_columns(source, {"source.image_column": [config.image_column]})
+    return source
+
+
+def require_columns(source: Source, wanted: dict[str, Sequence[str]]) -> None:
+    """UserError that names every column that the config asks for and the input lacks."""
+    problems = []
+    for key, names in wanted.items():
+        for name in names:
+            if name not in source.columns:
+                close = difflib.get_close_matches(name, source.columns, n=1, cutoff=0.6)
+                hint = f'; did you mean "{close[0]}"?' if close else ""
+                there = ", ".join(source.columns)
+                problems.append(
+                    f'{key}: {source.config.path} has no column "{name}"{hint} (columns: {there})'
+                )
+    if problems:
+        raise UserError(*problems)
+
+
+def _extensions(kind: SourceKind) -> tuple[str, ...]:
+    if kind in ("folder", "class_folders"):
+        return PICTURES
+    return tuple(extension for extension, of in EXTENSIONS.items() if of == kind)
+
+
+def _files(root: str) -> list[str]:
+    fs, inner = storage.filesystem(root)
+    if "*" in root:
+        found = sorted(fs.glob(inner))
+        return [path if storage.is_local(root) else fs.unstrip_protocol(path) for path in found]
+    if fs.isfile(inner):
+        return [root]
+    return [path for path, _ in storage.walk_files(root)] if fs.isdir(inner) else []
+
+
+def _kind(config: SourceConfig, root: str, files: Sequence[str]) -> SourceKind:
+    if config.kind != "auto":
+        return config.kind
+    tables = {
+        EXTENSIONS[suffix] for path in files if (suffix := PurePosixPath(path.lower()).suffix) in EXTENSIONS
+    }
+    if len(tables) == 1:
+        return tables.pop()
+    if tables:
+        raise UserError(
+            f"source.kind: {config.path} holds {' and '.join(sorted(tables))} files; say which kind to read"
+        )
+    pictures = [path for path in files if path.lower().endswith(PICTURES)]
+    if not pictures:
+        raise UserError(f"source.path: {config.path}: neither a table, nor pictures, nor tars are there")
+    sidecars = {path for path in files if path.endswith(".txt")}
+    if any(str(PurePosixPath(path).with_suffix(".txt")) in sidecars for path in pictures[:1000]):
+        return "folder"
+    deep = all(len(PurePosixPath(_relative(path, root)).parts) > 1 for path in pictures[:1000])
+    return "class_folders" if deep else "folder"
+
+
+def _columns(kind: SourceKind, path: str) -> tuple[str, ...]:
+    if kind in OWN_COLUMNS:
+        return OWN_COLUMNS[kind]
+    try:
+        with storage.open_read(path) as file:
+            if kind == "parquet":
+                return tuple(pq.read_schema(file).names)
+            first = file.readline().decode("utf-8-sig")
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise UserError(f"source.path: {path}: cannot be read as {kind}: {error}") from None
+    if kind == "csv":
+        names = next(csv.reader([first], delimiter=_delimiter(path)), [])
+        if not names or len(set(names)) != len(names):
+            raise UserError(
+                f"source.path: {path}: the first line must name the columns, each once; got {names}"
+            )
+        return tuple(names)
+    try:
+        return tuple(json.loads(first))
+    except (json.JSONDecodeError, TypeError):
+        raise UserError(
+            f"source.path: {path}: expected one JSON object per line, got {first[:60]!r}"
+        ) from None
+
+
+def _delimiter(path: str) -> str:
+    return "\t" if path.lower().endswith(".tsv") else ","
+
+
+def _csv_rows(source: Source, path: str) -> Iterator[Row]:
+    bad: list[str] = []
+
+    def invalid(row: pacsv.InvalidRow) -> str:
+        bad.append(f"expected {row.expected_columns} columns, got {row.actual_columns}: {row.text[:120]!r}")
+        return "skip"
+
+    names = _columns("csv", path)
+    with storage.open_read(path) as file:
+        try:
+            reader = pacsv.open_csv(
+                file,
+                parse_options=pacsv.ParseOptions(
+                    delimiter=_delimiter(path), newlines_in_values=True, invalid_row_handler=invalid
+                ),
+                # Every column is text: an id "007" stays "007".
+                convert_options=pacsv.ConvertOptions(
+                    column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+                ),
+            )
+            for batch in reader:
+                for row in batch.to_pylist():
+                    yield row | {"image_uri": _image_uri(source, path, row.get(source.config.image_column))}
+        except pa.ArrowInvalid as error:
+            if "Empty CSV" not in str(error):
+                raise UserError(f"source.path: {path}: cannot be read as CSV: {error}") from None
+    yield from ({"malformed": message} for message in bad)
+
+
+def _jsonl_rows(source: Source, path: str) -> Iterator[Row]:
+    with storage.open_read(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                yield {"malformed": f"{path}:{number}: not valid JSON: {error}"}
+                continue
+            if not isinstance(row, dict):
+                yield {"malformed": f"{path}:{number}: expected a JSON object, got {line[:60]!r}"}
+                continue
+            yield row | {"image_uri": _image_uri(source, path, row.get(source.config.image_column))}
+
+
+def _parquet_rows(source: Source, path: str) -> Iterator[Row]:
+    column = source.config.image_column
+    with storage.open_read(path) as opened:
+        file = pq.ParquetFile(opened)
+        kind = file.schema_arrow.field(column).type
+        bytes_column = _bytes_column(column, kind)
+        names = [name for name in file.schema_arrow.names if name != column or bytes_column is None]
+        for group in range(file.num_row_groups):
+            offset = 0
+            for batch in file.iter_batches(4096, row_groups=[group], columns=names):
+                for row in batch.to_pylist():
+                    if bytes_column is None:
+                        yield row | {"image_uri": _image_uri(source, path, row[column])}
+                    else:
+                        yield row | {"image_uri": f"{path}#row={group}:{offset}:{bytes_column}"}
+                    offset += 1
+
+
+def _bytes_column(column: str, kind: pa.DataType) -> str | None:
+    """The leaf that holds picture bytes: a binary column, or `bytes` of Hugging Face's {bytes, path} struct."""
+    if pa.types.is_struct(kind) and "bytes" in [kind.field(index).name for index in range(kind.num_fields)]:
+        return f"{column}.bytes"
+    return column if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
+
+
+def _folder_rows(source: Source) -> Iterator[Row]:
+    root = storage.absolute(source.config.path)
+    for path in source.files:
+        relative = PurePosixPath(_relative(path, root))
+        row: Row = {"id": str(relative.with_suffix("")), "image_uri": path}
+        if source.kind == "class_folders":
+            yield row | {"label": relative.parts[0].replace("_", " ") if len(relative.parts) > 1 else ""}
+            continue
+        sidecar = path[: -len(PurePosixPath(path).suffix)] + ".txt"
+        text = (
+            storage.read_bytes(sidecar).decode("utf-8", "replace").strip() if storage.exists(sidecar) else ""
+        )
+        yield row | {"text": text}
+
+
+def _tar_rows(source: Source, path: str) -> Iterator[Row]:
+    """WebDataset: neighbouring members with the same name up to the first dot are one row."""
+    row: Row = {}
+    with storage.open_read(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if not member.isfile():
+                continue
+            if row and row["id"] != key:
+                yield row
+                row = {}
+            row = row or {"id": key, "image_uri": None}
+            if f".{extension.lower()}".endswith(PICTURES):
+                row["image_uri"] = f"{path}#bytes={member.offset_data}+{member.size}"
+            elif extension in ("txt", "caption", "cls", "json"):
+                content = tar.extractfile(member)
+                data = content.read().decode("utf-8", "replace").strip() if content else ""
+                row |= _tar_fields(extension, data)
+    if row:
+        yield row
+
+
+def _tar_fields(extension: str, data: str) -> Row:
+    if extension != "json":
+        return {"label" if extension == "cls" else "text": data}
+    try:
+        value = json.loads(data)
+    except json.JSONDecodeError:
+        return {}
+    return (
+        {name: item for name, item in value.items() if name not in ("id", "image_uri")}
+        if isinstance(value, dict)
+        else {}
+    )
+
+
+def _image_uri(source: Source, table: str, value: object) -> str | None:
+    """Where the picture is: URLs and absolute paths as they are, others from `image_root` or the table's folder."""
+    if value is None or not str(value).strip():
+        return None
+    path = str(value).strip()
+    if "://" in path or path.startswith("/"):
+        return path.removeprefix("file://")
+    root = (
+        storage.absolute(source.config.image_root) if source.config.image_root else table.rpartition("/")[0]
+    )
+    return storage.join(root, path)
+
+
+def _relative(path: str, root: str) -> str:
+    return path[len(root.rstrip("/")) + 1 :] if path != root else path.rpartition("/")[2]
