@@ -57,9 +57,7 @@ def read_pairs(manifest: Manifest, split: str, max_rows: int | None = None) -> P
         with storage.open_read(manifest.path(file)) as opened:
             tables.append(pq.read_table(opened, columns=["id", "image", "captions", "group"]))
     table = (
-        pa.concat_tables(tables)
-        if tables
-        else pa.table({name: [] for name in ("id", "image", "captions", "group")})
+        pa.concat_tables(tables) if tables else pa.table({name: [] for name in ("id", "image", "captions", "group")})
     )
     if max_rows is not None and len(table) > max_rows:
         table = table.take(pa.array(np.linspace(0, len(table) - 1, max_rows).astype(np.int64)))
@@ -106,9 +104,7 @@ class Loader:
         self.wait_seconds = 0.0
         self._pool = ThreadPoolExecutor(max(threads, 1))
 
-    def epoch(
-        self, batches: list[tuple[Indices, int]], *, seed: int, epoch: int, decode: bool
-    ) -> Iterator[LocalBatch]:
+    def epoch(self, batches: list[tuple[Indices, int]], *, seed: int, epoch: int, decode: bool) -> Iterator[LocalBatch]:
         """`batches` are (this rank's rows, rows of the global batch)."""
         pending = [self._submit(*batch, seed, epoch, decode) for batch in batches[: self.prefetch]]
         for position in range(len(batches)):
@@ -122,13 +118,9 @@ class Loader:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _submit(
-        self, rows: Indices, global_rows: int, seed: int, epoch: int, decode: bool
-    ) -> Callable[[], LocalBatch]:
+    def _submit(self, rows: Indices, global_rows: int, seed: int, epoch: int, decode: bool) -> Callable[[], LocalBatch]:
         captions = [self.pairs.captions(int(row)) for row in rows]
-        choices = [
-            caption_of(len(texts), seed, epoch, int(row)) for texts, row in zip(captions, rows, strict=True)
-        ]
+        choices = [caption_of(len(texts), seed, epoch, int(row)) for texts, row in zip(captions, rows, strict=True)]
         texts = [options[choice] for options, choice in zip(captions, choices, strict=True)]
         futures = [self._pool.submit(self._pixels, int(row)) for row in rows] if decode else []
 

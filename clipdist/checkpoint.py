@@ -89,8 +89,4 @@ def prune(run: str, metric: str) -> None:
 
 def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{key}": value.contiguous()
-        for index, values in state.items()
-        for key, value in values.items()
-    }
+    return {f"{index}.{key}": value.contiguous() for index, values in state.items() for key, value in values.items()}

@@ -83,13 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--format", choices=("table", "json"), default="table")
     info.set_defaults(run=_run_info)
     demo = commands.add_parser("demo", help="the whole journey on emoji pictures (needs the extra `demo`)")
-    demo.add_argument(
-        "folder", nargs="?", default="clipdist-demo", help="where everything goes (clipdist-demo)"
-    )
+    demo.add_argument("folder", nargs="?", default="clipdist-demo", help="where everything goes (clipdist-demo)")
     demo.set_defaults(run=_run_demo)
-    starter = commands.add_parser(
-        "starter", help="a small starter CLIP out of installable packages (extra `demo`)"
-    )
+    starter = commands.add_parser("starter", help="a small starter CLIP out of installable packages (extra `demo`)")
     starter.add_argument("pairs", help="pairs whose pictures fit the projection")
     starter.add_argument("output", help="folder of the model")
     starter.add_argument("--image-size", type=int, default=128, help="pixels per side (128)")
@@ -115,24 +111,16 @@ def _job_arguments(command: argparse.ArgumentParser, name: str) -> None:
     what = "EMBEDDINGS folder, or a CONFIG.yaml" if name == "search" else "a CONFIG.yaml"
     command.add_argument("config", nargs="?", help=what)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file's")
-    command.add_argument(
-        "--explain", action="store_true", help="print every value, its origin and meaning, and stop"
-    )
+    command.add_argument("--explain", action="store_true", help="print every value, its origin and meaning, and stop")
     command.add_argument(
         "--dry-run", action="store_true", help="check everything on a few rows, write nothing, and stop"
     )
     if name == "search":
-        command.add_argument(
-            "--text", action="append", default=[], help="a query text; may be given several times"
-        )
-        command.add_argument(
-            "--image", action="append", default=[], help="a query picture: a path or an http(s) URL"
-        )
+        command.add_argument("--text", action="append", default=[], help="a query text; may be given several times")
+        command.add_argument("--image", action="append", default=[], help="a query picture: a path or an http(s) URL")
         command.add_argument("--for", dest="find", choices=("images", "texts"), help="what to find (images)")
         command.add_argument("--top", type=int, help="hits per query (10)")
-        command.add_argument(
-            "--model", help="the model, when it is no longer where the embeddings' stamp says"
-        )
+        command.add_argument("--model", help="the model, when it is no longer where the embeddings' stamp says")
         command.add_argument("--format", choices=("table", "json"), help="how hits are printed (table)")
         command.add_argument("--html", metavar="FILE", help="also write a gallery with pictures")
 

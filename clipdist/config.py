@@ -106,9 +106,7 @@ def explain(loaded: Loaded[ConfigT], derived: Sequence[tuple[str, str]] = (), wi
     for key, value, meaning in flatten(loaded.config):
         shown = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
         rows.append((key, shown, _origin(loaded.origins, key), meaning))
-    sizes = [
-        min(max((len(row[i]) for row in rows), default=0), limit) for i, limit in ((0, 40), (1, 44), (2, 34))
-    ]
+    sizes = [min(max((len(row[i]) for row in rows), default=0), limit) for i, limit in ((0, 40), (1, 44), (2, 34))]
     lines = []
     for key, shown, origin, meaning in rows:
         head = f"{key:<{sizes[0]}}  {shown:<{sizes[1]}}  {origin:<{sizes[2]}}  "
@@ -134,9 +132,7 @@ def _read_yaml(path: Path, places: dict[Key, str], problems: list[str]) -> dict[
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot read this config file ({error.__class__.__name__}: {error})"
-        ) from None
+        raise UserError(f"{path}: cannot read this config file ({error.__class__.__name__}: {error})") from None
     try:
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)
@@ -152,9 +148,7 @@ def _read_yaml(path: Path, places: dict[Key, str], problems: list[str]) -> dict[
     return values
 
 
-def _collect_places(
-    node: yaml.Node, key: Key, path: str, places: dict[Key, str], problems: list[str]
-) -> None:
+def _collect_places(node: yaml.Node, key: Key, path: str, places: dict[Key, str], problems: list[str]) -> None:
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for name_node, value_node in node.value:
@@ -171,14 +165,10 @@ def _collect_places(
             _collect_places(value_node, inner, path, places, problems)
 
 
-def _apply_override(
-    values: dict[str, Any], override: str, places: dict[Key, str], problems: list[str]
-) -> None:
+def _apply_override(values: dict[str, Any], override: str, places: dict[Key, str], problems: list[str]) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        problems.append(
-            f'command line: "{override}": expected key=value, such as seed=1 or stages.0.epochs=3'
-        )
+        problems.append(f'command line: "{override}": expected key=value, such as seed=1 or stages.0.epochs=3')
         return
     try:
         value = yaml.load(text, Loader=_Loader)
@@ -208,9 +198,7 @@ def _apply_override(
     places[key] = "command line"
 
 
-def _describe(
-    kind: type[Section], values: Any, detail: ErrorDetails, places: dict[Key, str], path: str | None
-) -> str:
+def _describe(kind: type[Section], values: Any, detail: ErrorDetails, places: dict[Key, str], path: str | None) -> str:
     key = tuple(detail["loc"])
     known = key
     while known and known not in places:
@@ -276,7 +264,5 @@ def differences(ours: object, theirs: object, key: str = "") -> list[tuple[str, 
         for name in sorted({*ours, *theirs}):
             found += differences(ours.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
         return found
-    same = ours == theirs or (
-        isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs)
-    )
+    same = ours == theirs or (isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs))
     return [] if same else [(key, ours, theirs)]

@@ -95,9 +95,7 @@ def run(config: EmbedConfig) -> Manifest:
     output = storage.absolute(config.output)
     model = towers.load(config.model)
     place = towers.locate(config.model.name)
-    resolved = config.model_copy(
-        update={"model": config.model.model_copy(update={"name": place.folder or place.name})}
-    )
+    resolved = config.model_copy(update={"model": config.model.model_copy(update={"name": place.folder or place.name})})
     stamp = _stamp(config, model, resolved.model)
     ledger = begin(output, stamp, lambda: (_plan(config), {}))
     if storage.names(storage.join(output, "manifests")):
@@ -197,16 +195,12 @@ class Encoder:
         return np.concatenate(found)
 
 
-def load_unit(
-    row: dict[str, Any], ledger: Ledger, config: EmbedConfig, preprocess: Preprocess
-) -> dict[str, Any]:
+def load_unit(row: dict[str, Any], ledger: Ledger, config: EmbedConfig, preprocess: Preprocess) -> dict[str, Any]:
     """A unit's pictures as pixels, and its texts; a row that fails is carried as a reject."""
     unit = int(row["unit"])
     rows = ledger.rows(unit).to_pylist()
     texts = (
-        [text for one in rows if one["reason"] is None for text in one["captions"]]
-        if "texts" in config.towers
-        else []
+        [text for one in rows if one["reason"] is None for text in one["captions"]] if "texts" in config.towers else []
     )
     if "images" not in config.towers:
         return {
@@ -268,9 +262,7 @@ def _records(
                 yield {"id": f"{row['id']}#{number}", "pair_id": row["id"], "caption": caption, **common}
 
 
-def _vector_table(
-    table: str, records: list[dict[str, Any]], vectors: np.ndarray, kept: list[pa.Field]
-) -> pa.Table:
+def _vector_table(table: str, records: list[dict[str, Any]], vectors: np.ndarray, kept: list[pa.Field]) -> pa.Table:
     vectors = np.ascontiguousarray(vectors)
     if len(vectors) != len(records):
         raise RuntimeError(f"{len(records)} {table} to write, but {len(vectors)} vectors")
@@ -307,9 +299,7 @@ def _load_rows(
         return list(pool.map(load, rows))
 
 
-def _pipeline(
-    units: ray.data.Dataset, ledger: Ledger, config: EmbedConfig, preprocess: Preprocess
-) -> ray.data.Dataset:
+def _pipeline(units: ray.data.Dataset, ledger: Ledger, config: EmbedConfig, preprocess: Preprocess) -> ray.data.Dataset:
     """On GPUs an actor owns one; on CPUs actors ask for half of their cores, so that loading finds a slot."""
     cpus, gpus = runtime.cpus(), runtime.gpus()
     encoders = config.encoders or (gpus if gpus else min(cpus, 8))
@@ -337,9 +327,7 @@ def _plan(config: EmbedConfig, rows: int | None = None) -> Iterable[pa.Table]:
         planning.check_columns(source, config.catalog.columns, config.catalog.captions)
         nothing_held_out = SplitConfig(validation=0.0)
         captions = config.catalog.captions
-        return planning.plan_units(
-            source, config.catalog.columns, captions, nothing_held_out, size, need_caption=False
-        )
+        return planning.plan_units(source, config.catalog.columns, captions, nothing_held_out, size, need_caption=False)
     return _plan_pairs(_pairs(config), config.splits, size)
 
 
@@ -364,11 +352,7 @@ def _plan_pairs(manifest: Manifest, splits: tuple[str, ...], size: int) -> Itera
             names = [name for name in pq.read_schema(opened).names if name != "image"]
             opened.seek(0)
             table = pq.read_table(opened, columns=names)
-        uris = [
-            f"{path}#row={group}:{row}:image"
-            for group, rows in enumerate(file.row_groups)
-            for row in range(rows)
-        ]
+        uris = [f"{path}#row={group}:{row}:image" for group, rows in enumerate(file.row_groups) for row in range(rows)]
         own = {
             "image_uri": pa.array(uris),
             "reason": pa.nulls(len(table), pa.string()),

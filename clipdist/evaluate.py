@@ -78,9 +78,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return result
     if strange := storage.names(output):
         if "config.yaml" not in strange:
-            raise UserError(
-                f"{output}: this folder already holds {strange[0]}; choose an empty or new output"
-            )
+            raise UserError(f"{output}: this folder already holds {strange[0]}; choose an empty or new output")
     measured = read_measured(config)
     relevance = measured.gallery.relevance()
     metrics = measure(measured.images, measured.texts, relevance)
@@ -105,9 +103,7 @@ def read_measured(config: EvaluateConfig) -> Measured:
     """The rows of the split. UserError when a tower or the split is missing."""
     manifest = read_manifest(storage.absolute(config.embeddings), "embeddings")
     if missing := [name for name in ("images", "texts") if not manifest.written(name)]:
-        raise UserError(
-            f"{config.embeddings}: has no {' and no '.join(missing)}; embed both towers to evaluate"
-        )
+        raise UserError(f"{config.embeddings}: has no {' and no '.join(missing)}; embed both towers to evaluate")
     found = {}
     for name, columns in {
         "images": ["id", "group", "split", "caption", "image_uri"],
@@ -131,9 +127,7 @@ def _joined(found_images: tuple[Any, pa.Table], found_texts: tuple[Any, pa.Table
     """Captions whose picture was rejected have nothing to find, and are left out."""
     (image_vectors, image_rows), (text_vectors, text_rows) = found_images, found_texts
     row_of = {row_id: row for row, row_id in enumerate(image_rows.column("id").to_pylist())}
-    pair_of_text = np.array(
-        [row_of.get(pair, -1) for pair in text_rows.column("pair_id").to_pylist()], np.int64
-    )
+    pair_of_text = np.array([row_of.get(pair, -1) for pair in text_rows.column("pair_id").to_pylist()], np.int64)
     there = np.flatnonzero(pair_of_text >= 0)
     text_rows, text_vectors = text_rows.take(pa.array(there)), text_vectors[there]
     groups, captions = image_rows.column("group").to_pylist(), text_rows.column("caption").to_pylist()
@@ -196,9 +190,7 @@ def _write_report(
         folder = Path(temporary)
         _heatmap(config, measured, folder / "heatmap.png")
         examples = example_hits(measured, relevance, config.example_queries, config.example_hits)
-        contact_sheet(
-            examples, folder / "examples.png", title="Example queries: found pictures, right ones framed"
-        )
+        contact_sheet(examples, folder / "examples.png", title="Example queries: found pictures, right ones framed")
         gallery(
             folder / "report.html",
             title="Retrieval on " + (config.split or "all rows"),
@@ -222,9 +214,7 @@ def _heatmap(config: EvaluateConfig, measured: Measured, path: Path) -> None:
     pictures = measured.gallery.pair_of_text[chosen]
     labels = [measured.gallery.captions[row] for row in chosen]
     matrix = measured.texts[chosen] @ measured.images[pictures].T
-    heatmap(
-        matrix, path, title="Cosine similarity, captions x pictures", row_labels=labels, column_labels=labels
-    )
+    heatmap(matrix, path, title="Cosine similarity, captions x pictures", row_labels=labels, column_labels=labels)
 
 
 def example_hits(
@@ -238,10 +228,7 @@ def example_hits(
         scores = measured.images @ measured.texts[row]
         best = np.argsort(-scores, kind="stable")[:k]
         positive = set(right.positives[right.offsets[row] : right.offsets[row + 1]].tolist())
-        tiles = [
-            _tile(measured.image_rows, int(found), float(scores[found]), int(found) in positive)
-            for found in best
-        ]
+        tiles = [_tile(measured.image_rows, int(found), float(scores[found]), int(found) in positive) for found in best]
         examples.append((measured.gallery.captions[row], tiles))
     return examples
 

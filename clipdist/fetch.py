@@ -160,11 +160,10 @@ def _get(target: _Target, deadline: float, max_bytes: int, allow_private: bool) 
         f"User-Agent: clipdist/{__version__}\r\nAccept: */*\r\nAccept-Encoding: identity\r\n"
         "Connection: close\r\n\r\n"
     )
-    with sock:
+    stream = cast(socket.socket, _Stream(sock, deadline, max_bytes))
+    with sock, http.client.HTTPResponse(stream, method="GET") as response:
         sock.settimeout(_left(deadline))
         sock.sendall(request.encode("ascii"))
-        stream = _Stream(sock, deadline, max_bytes)
-        response = http.client.HTTPResponse(cast(socket.socket, stream), method="GET")
         response.begin()
         location = response.headers.get("Location")
         if response.status in _REDIRECTS and location:  # http.client reads headers as latin-1

@@ -45,9 +45,7 @@ def run(config: SearchConfig) -> None:
     """Prints the hits of every query. UserError for a query that cannot be read, before any is answered."""
     if not config.texts and not config.images:
         raise UserError("give a query: --text TEXT or --image FILE_OR_URL")
-    pictures = {
-        name: open_picture(name, allow_private_hosts=config.allow_private_hosts) for name in config.images
-    }
+    pictures = {name: open_picture(name, allow_private_hosts=config.allow_private_hosts) for name in config.images}
     searcher = Searcher(config.embeddings, config.model, allow_private_hosts=config.allow_private_hosts)
     answers: list[tuple[str, Sequence[Hit]]] = []
     for text in config.texts:
@@ -88,9 +86,7 @@ def _print(config: SearchConfig, query: str, hits: Sequence[Hit]) -> None:
     print(f"{query}\n{table(['rank', 'score', 'id', 'description'], rows, max_width=118)}\n")
 
 
-def _write_gallery(
-    config: SearchConfig, answers: Sequence[tuple[str, Sequence[Hit]]], pictures: dict
-) -> None:  # type: ignore[type-arg]
+def _write_gallery(config: SearchConfig, answers: Sequence[tuple[str, Sequence[Hit]]], pictures: dict) -> None:  # type: ignore[type-arg]
     path = Path(config.html or "")
     sections = []
     for query, hits in answers:

@@ -121,9 +121,7 @@ def contact_sheet(rows: Sequence[tuple[str | Tile, Sequence[Tile]]], path: Path,
     sheet.save(path, format="PNG", optimize=True)
 
 
-def _draw_tile(
-    sheet: Image, draw: ImageDraw, corner: tuple[int, int], tile: Tile, rank: str, files: FontFiles
-) -> None:
+def _draw_tile(sheet: Image, draw: ImageDraw, corner: tuple[int, int], tile: Tile, rank: str, files: FontFiles) -> None:
     left, top = corner
     draw.rectangle((left, top, left + THUMBNAIL - 1, top + THUMBNAIL - 1), fill=PAPER)
     picture = thumbnail(tile.picture)
@@ -237,9 +235,7 @@ def gallery(
 
 def _page_section(section: Section) -> dict[str, object]:
     """What the template needs of a section beyond the section: its strips, and the score that fills a bar."""
-    strips = (
-        section.tiles if isinstance(section.tiles, Mapping) else {"": section.tiles} if section.tiles else {}
-    )
+    strips = section.tiles if isinstance(section.tiles, Mapping) else {"": section.tiles} if section.tiles else {}
     scores = [tile.score for tiles in strips.values() for tile in tiles if tile.score is not None]
     return {
         "section": section,

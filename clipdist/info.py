@@ -48,11 +48,7 @@ def rejects_table(manifest: Manifest) -> str:
 
 
 def _rejects(rejected: dict[str, dict[str, int]]) -> str:
-    rows = [
-        [name, reason, number(count)]
-        for name, reasons in rejected.items()
-        for reason, count in reasons.items()
-    ]
+    rows = [[name, reason, number(count)] for name, reasons in rejected.items() for reason, count in reasons.items()]
     return table(["table", "reason", "rows"], rows) if rows else ""
 
 
@@ -105,11 +101,7 @@ def _size(uri: str) -> int:
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, item in value.items():
-        rows += (
-            _flat(item, f"{prefix}{name}.")
-            if isinstance(item, dict) and item
-            else [(f"{prefix}{name}", item)]
-        )
+        rows += _flat(item, f"{prefix}{name}.") if isinstance(item, dict) and item else [(f"{prefix}{name}", item)]
     return rows
 
 

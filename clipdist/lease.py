@@ -46,9 +46,7 @@ def _renew(path: str, nonce: str, stop: threading.Event) -> None:
 
 
 def _record(nonce: str) -> bytes:
-    return json.dumps(
-        {"nonce": nonce, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    ).encode()
+    return json.dumps({"nonce": nonce, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
 
 
 def _refuse_if_alive(uri: str, path: str) -> None:

@@ -162,9 +162,7 @@ class Ledger:
         for table, rows in planned.items():
             kept, lost = manifest.written(table), sum(rejected[table].values())
             if rows != kept + lost:
-                raise RuntimeError(
-                    f"{self.uri}: {table}: planned {rows} rows != written {kept} + rejected {lost}"
-                )
+                raise RuntimeError(f"{self.uri}: {table}: planned {rows} rows != written {kept} + rejected {lost}")
         data = json.dumps({**asdict(manifest), "stamp": self.stamp.to_json()}).encode()
         if not storage.put_if_absent(self._path("manifests/00000001.json"), data):
             return read_manifest(self.uri)
@@ -183,9 +181,7 @@ def begin(uri: str, stamp: Stamp, plan: Callable[[], tuple[Iterable[pa.Table], d
     if not storage.exists(path):
         strange = [name for name in storage.names(uri) if name not in ("plan", "config.yaml")]
         if strange:
-            raise UserError(
-                f"{uri}: this folder already holds {_some(strange)}; choose an empty or new output"
-            )
+            raise UserError(f"{uri}: this folder already holds {_some(strange)}; choose an empty or new output")
         units, facts = plan()
         files, rows = _write_plan(uri, units)
         value = {"stamp": stamp.to_json(), "plan_files": files, "units": rows, "facts": facts}
@@ -222,9 +218,7 @@ def read_manifest(uri: str, kind: str | None = None) -> Manifest:
     value = json.loads(storage.read_bytes(storage.join(uri, "manifests", max(numbers))))
     stamp = Stamp.from_json(value["stamp"])
     if stamp.schema_version != SCHEMA_VERSION:
-        raise UserError(
-            f"{uri}: schema version {stamp.schema_version} there, {SCHEMA_VERSION} expected: make it anew"
-        )
+        raise UserError(f"{uri}: schema version {stamp.schema_version} there, {SCHEMA_VERSION} expected: make it anew")
     if kind is not None and stamp.kind != kind:
         raise UserError(f"{uri}: expected {kind}, this folder holds {stamp.kind}")
     files = tuple(File.from_json(file) for file in value["files"])
@@ -261,9 +255,7 @@ def _write_plan(uri: str, units: Iterable[pa.Table]) -> tuple[list[str], list[in
     return files, rows
 
 
-def _close_plan_file(
-    uri: str, nonce: str, buffer: io.BytesIO, writer: pq.ParquetWriter, files: list[str]
-) -> None:
+def _close_plan_file(uri: str, nonce: str, buffer: io.BytesIO, writer: pq.ParquetWriter, files: list[str]) -> None:
     writer.close()
     files.append(f"plan/{nonce}/{len(files):06d}.parquet")
     storage.write_atomic(storage.join(uri, files[-1]), buffer.getvalue())

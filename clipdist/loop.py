@@ -116,9 +116,7 @@ def run_stages(config: TrainConfig, manifest: Manifest, device: torch.device, re
         if position is not None and (index < position.stage or _stage_done(position, index, stage)):
             continue
         resumed = position if position is not None and position.stage == index else None
-        position = _run_stage(
-            run, index, stage, position.step if position else 0, resumed, path if resumed else None
-        )
+        position = _run_stage(run, index, stage, position.step if position else 0, resumed, path if resumed else None)
 
 
 def _stage_done(position: Progress, index: int, stage: StageConfig) -> bool:
@@ -170,9 +168,7 @@ def _run_stage(
         _run_epoch(run, index, stage, epoch, model, optimizer, features)
         metrics = _validate(run, held_out)
         progress = Progress(index, stage.name, epoch + 1, steps_before + (epoch + 1) * per_epoch, metrics)
-        run.report(
-            {"event": "validated", "stage": stage.name, "epoch": epoch + 1, "step": progress.step, **metrics}
-        )
+        run.report({"event": "validated", "stage": stage.name, "epoch": epoch + 1, "step": progress.step, **metrics})
         if collectives.rank() == 0:
             checkpoint.save(config.output, towers, optimizer, progress)
             checkpoint.prune(config.output, config.validation.best)
@@ -195,9 +191,7 @@ def _run_epoch(
     loader = Loader(run.train, run.towers.preprocess, threads=config.workers.decode_threads)
     started, seen = time.perf_counter(), 0
     try:
-        local_batches = loader.epoch(
-            _shares(run, index, epoch), seed=config.seed, epoch=epoch, decode=features is None
-        )
+        local_batches = loader.epoch(_shares(run, index, epoch), seed=config.seed, epoch=epoch, decode=features is None)
         for number, local in enumerate(local_batches):
             rates = stages.learning_rates(stage, epoch * per_epoch + number, stage.epochs * per_epoch)
             batch = _device_batch(run, local, features)
@@ -289,9 +283,7 @@ class TowerOutputs:
         return shown.to(device).float(), texts.to(device).float()
 
 
-def _encode_inputs(
-    run: Run, pairs: Pairs, rows: batches.Indices, name: str
-) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def _encode_inputs(run: Run, pairs: Pairs, rows: batches.Indices, name: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Pixels and tokens of ENCODE_ROWS pairs at a time; a rank without rows still takes part with nothing."""
     loader = Loader(pairs, run.towers.preprocess, threads=run.config.workers.decode_threads)
     shares = [(rows[start : start + ENCODE_ROWS], 0) for start in range(0, len(rows), ENCODE_ROWS)]
@@ -320,12 +312,8 @@ def _validate(run: Run, outputs: TowerOutputs | None) -> dict[str, float]:
     towers = run.towers
     outputs = outputs or TowerOutputs.compute(run, run.validation, "validation")
     with torch.no_grad():
-        shown = torch.nn.functional.normalize(
-            towers.project_image(outputs.images.to(run.device).float()), dim=-1
-        )
-        texts = torch.nn.functional.normalize(
-            towers.project_text(outputs.texts.to(run.device).float()), dim=-1
-        )
+        shown = torch.nn.functional.normalize(towers.project_image(outputs.images.to(run.device).float()), dim=-1)
+        texts = torch.nn.functional.normalize(towers.project_text(outputs.texts.to(run.device).float()), dim=-1)
     found = {}
     if collectives.rank() == 0:
         found = measure(shown.float().cpu().numpy(), texts.float().cpu().numpy(), run.relevance)

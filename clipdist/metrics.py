@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _QUERIES_AT_ONCE = 1024
-_FEW_CUTS = 32  # below it counting is faster than sorting
+_FEW_POSITIVES = 16  # below it comparing is faster than sorting
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,7 @@ class Relevance:
 
     def __post_init__(self) -> None:
         offsets, positives = self.offsets, self.positives
-        if (
-            len(offsets) == 0
-            or offsets[0] != 0
-            or offsets[-1] != len(positives)
-            or (np.diff(offsets) < 0).any()
-        ):
+        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(positives) or (np.diff(offsets) < 0).any():
             raise ValueError(f"offsets must rise from 0 to the number of positives, {len(positives)}")
         inside = np.ones(max(len(positives) - 1, 0), dtype=np.bool_)
         starts = offsets[1:-1]
@@ -92,13 +87,11 @@ def _key_set(keys: Iterable[Hashable]) -> set[Hashable]:
     return set(keys) - {None}
 
 
-def positive_ranks(
-    queries: NDArray[Any], gallery: NDArray[Any], relevance: Relevance, block_rows: int = 4096
-) -> Ints:
+def positive_ranks(queries: NDArray[Any], gallery: NDArray[Any], relevance: Relevance, block_rows: int = 8192) -> Ints:
     """The rank (1 = first) of every positive among all gallery rows, aligned with `relevance.positives`.
 
-    `queries` [q, d] and `gallery` [n, d] (float16 or float32) are L2-normalised embeddings. Higher score first;
-    of equal scores the lower row number first: id order when the gallery is sorted by id. Scores are
+    `queries` [q, d] and `gallery` [n, d] (float16 or float32) are L2-normalised embeddings. Higher score
+    first; of equal scores the lower row number first: id order when the gallery is sorted by id. Scores are
     compared exactly (`topk.exact_scores`), so equal vectors do tie and ranks do not depend on `block_rows`.
     Memory: O(1024 * block_rows). ValueError for shapes that do not fit or a gallery row that is not finite.
     """
@@ -119,9 +112,7 @@ def positive_ranks(
     return ranks
 
 
-def _rows_ahead(
-    queries: PreparedQueries, gallery: NDArray[Any], positives: Ints, edges: Ints, block_rows: int
-) -> Ints:
+def _rows_ahead(queries: PreparedQueries, gallery: NDArray[Any], positives: Ints, edges: Ints, block_rows: int) -> Ints:
     """How many rows come before each positive; those of query i are positives[edges[i]:edges[i + 1]]."""
     owner = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
     target = exact_pair_scores(gallery, queries.exact, positives, owner)
@@ -137,40 +128,31 @@ def _rows_ahead(
         high = -round_down(-(scaled + error[owner]))  # at least `high`: surely ahead; below `low`: surely not
         for i in range(len(edges) - 1):
             mine = slice(int(edges[i]), int(edges[i + 1]))
-            surely = _count_at_least(scores[i], high[mine])
-            near = np.flatnonzero(_count_at_least(scores[i], low[mine]) > surely) + mine.start
+            surely, windows = _split(scores[i], low[mine], high[mine])
             ahead[mine] += surely
-            if len(near):
-                windows = list(zip(low[near], high[near], strict=True))
-                tied = target[near], positives[near] - first
-                ahead[near] += _near_ahead(scores[i], windows, block, queries.exact[i], *tied)
+            ahead[mine] += _ahead_in(windows, block, queries.exact[i], target[mine], positives[mine] - first)
     return ahead
 
 
-def _count_at_least(scores: NDArray[np.float32], cuts: NDArray[np.float32]) -> Ints:
-    """How many scores reach each cut, int64 [cuts]."""
-    if len(cuts) < _FEW_CUTS:
-        return np.array([np.count_nonzero(scores >= cut) for cut in cuts], dtype=np.int64)
-    return len(scores) - np.searchsorted(np.sort(scores), cuts)
+def _split(scores: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]) -> tuple[Ints, list[Ints]]:
+    """For every positive: how many scores reach `high`, and the places of those in [low, high)."""
+    if len(low) < _FEW_POSITIVES:
+        surely = [np.count_nonzero(scores >= cut) for cut in high]
+        windows = [np.flatnonzero((scores >= a) & (scores < b)) for a, b in zip(low, high, strict=True)]
+        return np.array(surely, dtype=np.int64), windows
+    order = np.argsort(scores)
+    starts, stops = (np.searchsorted(scores[order], cuts) for cuts in (low, high))
+    return len(scores) - stops, [order[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
-def _near_ahead(
-    scores: NDArray[np.float32],
-    windows: list[tuple[np.float32, np.float32]],
-    block: NDArray[Any],
-    query: Floats,
-    target: Floats,
-    place: Ints,
-) -> Ints:
-    """Of the rows with a first-pass score in a positive's window [low, high): how many are ahead of it."""
-    places = [np.flatnonzero((scores >= low) & (scores < high)) for low, high in windows]
-    rows = np.unique(np.concatenate(places))
-    exact = exact_scores(block[rows], query)
-    ahead = np.empty(len(target), dtype=np.int64)
-    for j, near in enumerate(places):
-        score = exact[np.searchsorted(rows, near)]
-        ahead[j] = np.count_nonzero((score > target[j]) | ((score == target[j]) & (near < place[j])))
-    return ahead
+def _ahead_in(windows: list[Ints], block: NDArray[Any], query: Floats, target: Floats, place: Ints) -> Ints:
+    """Of the rows in each positive's window: how many are ahead of it by exact score, then by place."""
+    near = np.concatenate(windows)
+    owner = np.repeat(np.arange(len(windows)), [len(window) for window in windows])
+    rows, inverse = np.unique(near, return_inverse=True)
+    score = exact_scores(block[rows], query)[inverse]
+    ahead = (score > target[owner]) | ((score == target[owner]) & (near < place[owner]))
+    return np.bincount(owner[ahead], minlength=len(windows))
 
 
 def best_ranks(ranks: Ints, relevance: Relevance) -> Ints:

@@ -16,9 +16,7 @@ TAR_MEMBER = re.compile(r"^(?P<path>.+)#bytes=(?P<offset>\d+)\+(?P<size>\d+)$")
 PARQUET_ROW = re.compile(r"^(?P<path>.+)#row=(?P<group>\d+):(?P<row>\d+):(?P<column>.+)$")
 
 
-def read_picture(
-    uri: str | None, *, max_image_bytes: int = 50 << 20, allow_private_hosts: bool = False
-) -> bytes:
+def read_picture(uri: str | None, *, max_image_bytes: int = 50 << 20, allow_private_hosts: bool = False) -> bytes:
     """The encoded picture. Raises BadImage with the reason when it is missing, unreachable or too large."""
     if not uri:
         raise BadImage("missing", "the row names no picture")
@@ -57,7 +55,5 @@ def _row_group(path: str, group: int, column: str) -> pa.ChunkedArray:
         table = pq.ParquetFile(file).read_row_group(group, columns=[column])
     found = table.column(column.partition(".")[0])
     for name in column.split(".")[1:]:
-        found = pa.chunked_array(
-            [chunk.field(name) for chunk in found.chunks], type=found.type.field(name).type
-        )
+        found = pa.chunked_array([chunk.field(name) for chunk in found.chunks], type=found.type.field(name).type)
     return found

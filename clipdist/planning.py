@@ -229,9 +229,7 @@ def _typed(value: Any, kind: str) -> Any:
     text = _text(value)
     try:
         if kind == "bool":
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
-                text.lower()
-            )
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
         return {"string": str, "int": int, "float": float}[kind](text) if text else None
     except ValueError:
         return None

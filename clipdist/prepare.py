@@ -88,9 +88,7 @@ def dry_run(config: PrepareConfig) -> list[tuple[str, str]]:
     facts = [("input", f"{source.kind}, {len(source.files)} files"), ("columns", ", ".join(source.columns))]
     facts += [("first rows", f"{len(pairs)} pairs, {len(rejects)} rejects")]
     facts += [("caption", caption) for pair in pairs[:3] for caption in pair["captions"]]
-    return facts + [
-        ("reject", f"{reject['id']}: {reject['reason']}: {reject['message']}") for reject in rejects[:3]
-    ]
+    return facts + [("reject", f"{reject['id']}: {reject['reason']}: {reject['message']}") for reject in rejects[:3]]
 
 
 def derived(config: PrepareConfig) -> list[tuple[str, str]]:
@@ -154,9 +152,7 @@ def _prepare_row(row: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
     try:
         if reason is not None:
             raise BadImage(reason, message)
-        data = read_picture(
-            uri, max_image_bytes=config.max_image_bytes, allow_private_hosts=config.allow_private_hosts
-        )
+        data = read_picture(uri, max_image_bytes=config.max_image_bytes, allow_private_hosts=config.allow_private_hosts)
         image, _, _ = images.bound(data, config.max_side, max_pixels=config.max_pixels)
     except BadImage as error:
         return {"id": row["id"], "table": "pairs", "uri": uri, "reason": error.reason, "message": str(error)}
@@ -185,6 +181,4 @@ def summary(manifest: Manifest) -> list[tuple[str, str]]:
     splits: Counter[str] = Counter()
     for file in manifest.select("pairs"):
         splits[file.split or ""] += file.rows
-    return [("pairs", f"{manifest.written('pairs'):,}")] + [
-        (f"  {name}", f"{rows:,}") for name, rows in splits.items()
-    ]
+    return [("pairs", f"{manifest.written('pairs'):,}")] + [(f"  {name}", f"{rows:,}") for name, rows in splits.items()]

@@ -27,9 +27,7 @@ INK, FAINT, OUTLINE = "#1f2328", "#8b949e", "#5eead4"
 LINE_COLOURS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#64748b", "#dc2626")
 NO_FONT = "Some characters are drawn as boxes: no font on this machine has them (Noto Sans CJK has most)."
 MAX_LABELLED = 64  # rows or columns of a heatmap that still get a legible label each
-NUMERIC = re.compile(
-    r"[<>+\-−±~]?\d[\d,.]*(e[+-]?\d+)?( ?(%|[kMGTP]?B|ms|s|min|h|d)( \d+ (s|min|h))?)?|nan|-?inf|–"
-)
+NUMERIC = re.compile(r"[<>+\-−±~]?\d[\d,.]*(e[+-]?\d+)?( ?(%|[kMGTP]?B|ms|s|min|h|d)( \d+ (s|min|h))?)?|nan|-?inf|–")
 
 
 # -- text ------------------------------------------------------------------------------------------------
@@ -118,9 +116,7 @@ def cells(header: Sequence[str], rows: Rows) -> list[list[str]]:
     """Header and rows as text; raises ValueError where a row does not have one entry per column."""
     for row in rows:
         if len(row) != len(header):
-            raise ValueError(
-                f"the table has {len(header)} columns {list(header)}, a row has {len(row)}: {list(row)}"
-            )
+            raise ValueError(f"the table has {len(header)} columns {list(header)}, a row has {len(row)}: {list(row)}")
     return [[cell(value) for value in row] for row in (header, *rows)]
 
 
@@ -236,9 +232,7 @@ def _add_fonts(chosen: list[Font], missing: set[int]) -> None:
 
 
 @contextmanager
-def _figure(
-    path: Path, texts: Iterable[str], size: tuple[float, float], title: str
-) -> Iterator[tuple[Figure, Axes]]:
+def _figure(path: Path, texts: Iterable[str], size: tuple[float, float], title: str) -> Iterator[tuple[Figure, Axes]]:
     """A styled figure of `size` inches with one plot and fonts for the texts; saved to `path` on leaving."""
     import warnings
 

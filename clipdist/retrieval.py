@@ -55,7 +55,5 @@ def measure(
         "image_to_text": (images, texts),
     }.items():
         ranks = positive_ranks(queries, gallery, relevance[direction])
-        found |= {
-            f"{direction}/{name}": value for name, value in summary(ranks, relevance[direction]).items()
-        }
+        found |= {f"{direction}/{name}": value for name, value in summary(ranks, relevance[direction]).items()}
     return found

@@ -66,7 +66,7 @@ def run_units(
         if todo:
             connect()
             units = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
-            for report in pipeline(units).iter_rows(prefetch_batches=0):
+            for report in pipeline(units).iter_rows():
                 tally.add(json.loads(report["planned"]), json.loads(report["rejected"]))
                 progress.advance(ledger.units[report["unit"]], rejected=tally.rejected())
                 tally.stop_if_hopeless()
@@ -103,9 +103,7 @@ class Tally:
         for table, rows in self.planned.items():
             lost = sum(self.reasons.get(table, Counter()).values())
             whole = rows if at_end else max(rows, sum(self.ledger.units))
-            hopeless = (
-                rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows and self.limit < HOPELESS_FRACTION
-            )
+            hopeless = rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows and self.limit < HOPELESS_FRACTION
             if lost > self.limit * whole or hopeless:
                 raise UserError(self._failure(table, rows, lost))
 

@@ -63,9 +63,7 @@ class Index:
 
     def describe(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Every column but the vector, of the given row numbers [n], in that order."""
-        described: list[dict[str, Any]] = self.shards.take(
-            np.asarray(rows), self.shards.column_names()
-        ).to_pylist()
+        described: list[dict[str, Any]] = self.shards.take(np.asarray(rows), self.shards.column_names()).to_pylist()
         return described
 
     def vector(self, row_id: str) -> NDArray[np.float32]:

@@ -125,9 +125,7 @@ def _hits(index: Index, query: NDArray[np.float32], k: int) -> list[Hit]:
     if k < 1:
         raise UserError(f"k: expected at least 1, got {k}")
     found = index.search(query, k)
-    return [
-        _hit(row, score) for row, score in zip(index.describe(found.rows[0]), found.scores[0], strict=True)
-    ]
+    return [_hit(row, score) for row, score in zip(index.describe(found.rows[0]), found.scores[0], strict=True)]
 
 
 def _hit(row: dict[str, Any], score: float) -> Hit:

@@ -121,9 +121,7 @@ class Shards:
             try:
                 return np.memmap(path, dtype="<f2", mode="r", offset=offset, shape=shape)
             except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{path}: this shard is missing or shorter than its commit says ({error})"
-                ) from None
+                raise UserError(f"{path}: this shard is missing or shorter than its commit says ({error})") from None
         data = storage.read_bytes(path, offset, offset + length)
         if len(data) != length:
             raise UserError(f"{path}: this shard is shorter than its commit says: embed again")

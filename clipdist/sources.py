@@ -99,9 +99,7 @@ def require_columns(source: Source, wanted: dict[str, Sequence[str]]) -> None:
                 close = difflib.get_close_matches(name, source.columns, n=1, cutoff=0.6)
                 hint = f'; did you mean "{close[0]}"?' if close else ""
                 there = ", ".join(source.columns)
-                problems.append(
-                    f'{key}: {source.config.path} has no column "{name}"{hint} (columns: {there})'
-                )
+                problems.append(f'{key}: {source.config.path} has no column "{name}"{hint} (columns: {there})')
     if problems:
         raise UserError(*problems)
 
@@ -125,9 +123,7 @@ def _files(root: str) -> list[str]:
 def _kind(config: SourceConfig, root: str, files: Sequence[str]) -> SourceKind:
     if config.kind != "auto":
         return config.kind
-    tables = {
-        EXTENSIONS[suffix] for path in files if (suffix := PurePosixPath(path.lower()).suffix) in EXTENSIONS
-    }
+    tables = {EXTENSIONS[suffix] for path in files if (suffix := PurePosixPath(path.lower()).suffix) in EXTENSIONS}
     if len(tables) == 1:
         return tables.pop()
     if tables:
@@ -157,16 +153,12 @@ def _columns(kind: SourceKind, path: str) -> tuple[str, ...]:
     if kind == "csv":
         names = next(csv.reader([first], delimiter=_delimiter(path)), [])
         if not names or len(set(names)) != len(names):
-            raise UserError(
-                f"source.path: {path}: the first line must name the columns, each once; got {names}"
-            )
+            raise UserError(f"source.path: {path}: the first line must name the columns, each once; got {names}")
         return tuple(names)
     try:
         return tuple(json.loads(first))
     except (json.JSONDecodeError, TypeError):
-        raise UserError(
-            f"source.path: {path}: expected one JSON object per line, got {first[:60]!r}"
-        ) from None
+        raise UserError(f"source.path: {path}: expected one JSON object per line, got {first[:60]!r}") from None
 
 
 def _delimiter(path: str) -> str:
@@ -252,9 +244,7 @@ def _folder_rows(source: Source) -> Iterator[Row]:
             yield row | {"label": relative.parts[0].replace("_", " ") if len(relative.parts) > 1 else ""}
             continue
         sidecar = path[: -len(PurePosixPath(path).suffix)] + ".txt"
-        text = (
-            storage.read_bytes(sidecar).decode("utf-8", "replace").strip() if storage.exists(sidecar) else ""
-        )
+        text = storage.read_bytes(sidecar).decode("utf-8", "replace").strip() if storage.exists(sidecar) else ""
         yield row | {"text": text}
 
 
@@ -303,9 +293,7 @@ def _image_uri(source: Source, table: str, value: object) -> str | None:
     path = str(value).strip()
     if "://" in path or path.startswith("/"):
         return path.removeprefix("file://")
-    root = (
-        storage.absolute(source.config.image_root) if source.config.image_root else table.rpartition("/")[0]
-    )
+    root = storage.absolute(source.config.image_root) if source.config.image_root else table.rpartition("/")[0]
     return storage.join(root, path)
 
 

@@ -103,9 +103,7 @@ def make_optimizer(towers: Towers, parts: Sequence[Part], weight_decay: float) -
         for decays in (True, False):
             chosen = [p for _, p in parameters if (p.ndim >= 2 and part != "logit_scale") is decays]
             if chosen:
-                groups.append(
-                    {"params": chosen, "weight_decay": weight_decay if decays else 0.0, "part": part}
-                )
+                groups.append({"params": chosen, "weight_decay": weight_decay if decays else 0.0, "part": part})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=False)
 
 
@@ -129,9 +127,7 @@ def optimise(
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(learning, clip))
     if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient norm is {norm}: lower learning_rate, or look for broken pairs"
-        )
+        raise FloatingPointError(f"the gradient norm is {norm}: lower learning_rate, or look for broken pairs")
     optimizer.step()
     with torch.no_grad():
         scale = towers.model.logit_scale

@@ -131,9 +131,7 @@ def bounded_scores(
 def check_rows(rows: NDArray[Any], dim: int) -> None:
     """ValueError unless `rows` is a float16 or float32 matrix with `dim` columns."""
     if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
-        raise ValueError(
-            f"a block must be a float16 or float32 matrix [rows, dim], not {rows.dtype} {rows.shape}"
-        )
+        raise ValueError(f"a block must be a float16 or float32 matrix [rows, dim], not {rows.dtype} {rows.shape}")
     if rows.shape[1] != dim:
         raise ValueError(
             f"queries have {dim} dimensions but the rows have {rows.shape[1]}; "
@@ -217,9 +215,7 @@ def _check_k(k: int) -> None:
         raise ValueError(f"k is the number of rows to return and must be at least 1, not {k}")
 
 
-def _sub_blocks(
-    first: int, block: NDArray[Any], step: int, keep: Keep | None
-) -> Iterable[tuple[Ints, NDArray[Any]]]:
+def _sub_blocks(first: int, block: NDArray[Any], step: int, keep: Keep | None) -> Iterable[tuple[Ints, NDArray[Any]]]:
     """(row numbers, rows) of the rows to keep, a step at a time."""
     mask = None if keep is None else keep(first, first + len(block))
     if mask is not None and (mask.dtype != np.bool_ or mask.shape != (len(block),)):

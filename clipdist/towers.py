@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -67,9 +68,7 @@ class Towers(nn.Module):
     """An open_clip model with its preprocessing and tokenizer. Always in eval mode: batch-norm statistics that depend
     on the batch would depend on how many workers share it, and dropout is off."""
 
-    def __init__(
-        self, model: nn.Module, model_config: dict[str, Any], preprocess: Preprocess, tokenizer: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, model_config: dict[str, Any], preprocess: Preprocess, tokenizer: Any) -> None:
         super().__init__()
         self.model, self.model_config, self.preprocess, self.tokenizer = (
             model,
@@ -127,9 +126,7 @@ class Towers(nn.Module):
         with _without(owner, name):
             if owner is self.model:
                 return cast(Tensor, self.model.encode_text(tokens))  # type: ignore[operator]
-            if hasattr(
-                self.text, "config"
-            ):  # Hugging Face towers mask padding, so whole columns of it can go
+            if hasattr(self.text, "config"):  # Hugging Face towers mask padding, so whole columns of it can go
                 tokens = tokens[:, : max(1, int((tokens != self.text.config.pad_token_id).sum(1).max()))]
             return cast(Tensor, self.text(tokens))
 
@@ -154,9 +151,7 @@ class Towers(nn.Module):
         found: dict[Part, list[tuple[str, nn.Parameter]]] = {
             "projections": [], "logit_scale": [], "image_tower": [], "text_tower": [],
         }  # fmt: skip
-        projections = {
-            id(p) for p in [*_projection_parameters(self.visual), *_projection_parameters(self.text)]
-        }
+        projections = {id(p) for p in [*_projection_parameters(self.visual), *_projection_parameters(self.text)]}
         for name, parameter in self.model.named_parameters():
             if name in ("logit_scale", "logit_bias"):
                 found["logit_scale"].append((name, parameter))
@@ -183,9 +178,7 @@ class Towers(nn.Module):
             inner = self.text.transformer
             self._add_to_hugging_face(new)
             inner.set_input_embeddings(grown_embedding(inner.get_input_embeddings(), list(pieces.values())))
-            inner.config.vocab_size = self.text.config.vocab_size = (
-                inner.get_input_embeddings().num_embeddings
-            )
+            inner.config.vocab_size = self.text.config.vocab_size = inner.get_input_embeddings().num_embeddings
         else:
             self.tokenizer = BpeTokenizer(self.tokenizer, new)
             self.text.token_embedding = grown_embedding(self.text.token_embedding, list(pieces.values()))
@@ -217,12 +210,8 @@ class Towers(nn.Module):
             self.text.config.save_pretrained(folder)
             self.tokenizer.tokenizer.save_pretrained(folder)
         preprocess = {**asdict(self.preprocess), "mode": "RGB"}
-        (folder / CONFIG).write_text(
-            json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1)
-        )
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, folder / WEIGHTS
-        )
+        (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1))
+        save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, folder / WEIGHTS)
         digest = _sha256(folder / WEIGHTS)
         own = {"terms": self.terms, "weights_sha256": digest, **(facts or {})}
         (folder / OWN).write_text(json.dumps(own, indent=1, ensure_ascii=False))
@@ -251,11 +240,7 @@ class ModelPlace:
     def weights_sha256(self) -> str | None:
         """Of a clipdist checkpoint; None when it has to be computed after loading."""
         path = storage.join(self.folder, OWN) if self.folder else ""
-        return (
-            json.loads(storage.read_bytes(path)).get("weights_sha256")
-            if path and storage.exists(path)
-            else None
-        )
+        return json.loads(storage.read_bytes(path)).get("weights_sha256") if path and storage.exists(path) else None
 
 
 def locate(name: str) -> ModelPlace:
@@ -284,19 +269,22 @@ def locate(name: str) -> ModelPlace:
 def load(config: ModelConfig) -> Towers:
     """The towers of a name, a checkpoint, a run or a JSON config. UserError with the reason when that fails."""
     place = locate(config.name)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        if place.folder is not None or place.name.endswith(".json"):
-            source = _local_copy(place, folder)
-        else:
-            source = place.name
+    with tempfile.TemporaryDirectory() as temporary, _quiet():
+        source, preprocess = place.name, None
+        if place.folder is not None:
+            source = _local_copy(place.folder, Path(temporary) / "model")
+        elif place.name.endswith(".json"):
+            source, preprocess = _register(place.name, Path(temporary))
         try:
             model = open_clip.create_model(
-                source, config.pretrained, force_image_size=config.image_size, pretrained_image=False
+                source,
+                config.pretrained,
+                force_image_size=config.image_size,
+                force_preprocess_cfg=preprocess,
             )
             tokenizer = open_clip.get_tokenizer(source)
             model_config = get_model_config(source)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError) as error:
             raise UserError(f"model: {config.name}: cannot be loaded: {_first_lines(error)}") from None
         return _assemble(model, model_config, tokenizer, config, _own_facts(place))
 
@@ -331,31 +319,53 @@ def weights_sha256(config: ModelConfig, towers: Towers) -> str:
         return known
     digest = hashlib.sha256()
     for name, tensor in sorted(towers.model.state_dict().items()):
-        digest.update(
-            name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _local_copy(place: ModelPlace, folder: Path) -> str:
+def _local_copy(checkpoint: str, folder: Path) -> str:
     """A folder whose open_clip config points at its own files, wherever the checkpoint was moved to."""
     folder.mkdir()
-    if place.folder is None:
-        config = json.loads(storage.read_bytes(place.name))
-        config = config if "model_cfg" in config else {"model_cfg": config}
-    else:
-        for name in storage.names(place.folder):
-            if name.endswith((".json", ".txt", ".model")) or name == WEIGHTS:
-                _link_or_download(storage.join(place.folder, name), folder / name)
-        config = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).unlink()
-        if (folder / "config.json").exists():
-            config["model_cfg"]["text_cfg"] |= {
-                "hf_model_name": str(folder),
-                "hf_tokenizer_name": str(folder),
-            }
+    for name in storage.names(checkpoint):
+        if name.endswith((".json", ".txt", ".model")) or name == WEIGHTS:
+            _link_or_download(storage.join(checkpoint, name), folder / name)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).unlink()
+    if "hf_model_name" in config["model_cfg"]["text_cfg"] and (folder / "config.json").exists():
+        config["model_cfg"]["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
     (folder / CONFIG).write_text(json.dumps(config))
     return f"local-dir:{folder}"
+
+
+def _register(path: str, folder: Path) -> tuple[str, dict[str, Any] | None]:
+    """Makes a JSON config known to open_clip; returns its name and its preprocessing."""
+    try:
+        config = json.loads(storage.read_bytes(path))
+        model_config = config.get("model_cfg", config)
+        if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_config]:
+            raise UserError(f"model.name: {path}: an open_clip config needs {' and '.join(missing)}")
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f"model.name: {path}: not an open_clip JSON config: {error}") from None
+    name = f"clipdist-{hashlib.sha256(json.dumps(model_config).encode()).hexdigest()[:12]}"
+    (folder / f"{name}.json").write_text(json.dumps(model_config))
+    open_clip.add_model_config(folder / f"{name}.json")
+    return name, config.get("preprocess_cfg")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip and transformers report on loading through the root logger and bars; errors still come through."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging as hugging_face
+
+        hugging_face.set_verbosity_error()
+        hugging_face.disable_progress_bar()
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _link_or_download(path: str, target: Path) -> None:

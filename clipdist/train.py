@@ -107,9 +107,7 @@ def derived(config: TrainConfig) -> list[tuple[str, str]]:
         return [*found, ("steps", "unknown: the pairs are not there yet")]
     per_epoch = stages.steps_per_epoch(rows, config.global_batch_size)
     for stage in config.stages:
-        found.append(
-            (f"stage {stage.name}", f"{stage.epochs} epochs x {per_epoch} steps = {stage.epochs * per_epoch}")
-        )
+        found.append((f"stage {stage.name}", f"{stage.epochs} epochs x {per_epoch} steps = {stage.epochs * per_epoch}"))
     total = sum(stage.epochs for stage in config.stages) * per_epoch
     found += [("training pairs", f"{rows:,}"), ("steps in all", f"{total:,}")]
     try:
@@ -136,9 +134,7 @@ def _checked_pairs(config: TrainConfig) -> Manifest:
         problems.append(f"pairs: {config.pairs} has a single training pair; a contrast needs two")
     if not _rows(manifest, config.validation.split):
         splits = sorted({file.split or "" for file in manifest.select("pairs")})
-        problems.append(
-            f"validation.split: no row in {config.validation.split} (splits: {', '.join(splits)})"
-        )
+        problems.append(f"validation.split: no row in {config.validation.split} (splits: {', '.join(splits)})")
     names = [stage.name for stage in config.stages]
     if len(set(names)) != len(names):
         problems.append(f"stages: each needs a name of its own, got {', '.join(names)}")
@@ -188,9 +184,7 @@ def _train(config: TrainConfig, manifest: Manifest) -> list[dict[str, Any]]:
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"config": config, "manifest": manifest, "box": box},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=config.output,
@@ -227,9 +221,7 @@ def _scale(config: TrainConfig) -> tuple[int, bool]:
     workers = config.workers.num_workers or (max(gpus, 1) if use_gpu else min(2, cpus))
     there, kind = (gpus, "GPUs") if use_gpu else (cpus, "CPU cores")
     if workers > there:
-        raise UserError(
-            f"workers.num_workers: {workers} workers need {workers} {kind}; the cluster has {there}"
-        )
+        raise UserError(f"workers.num_workers: {workers} workers need {workers} {kind}; the cluster has {there}")
     return workers, use_gpu
 
 
@@ -276,9 +268,7 @@ class History:
             return
         for event in taken:
             if event["event"] == "step":
-                shown = {
-                    name: event[name] for name in ("stage", "epoch", "loss", "pairs_per_second", "data_wait")
-                }
+                shown = {name: event[name] for name in ("stage", "epoch", "loss", "pairs_per_second", "data_wait")}
                 bar.advance(event["pairs"], **shown)
             elif event["event"] == "validated":
                 best = self.config.validation.best
@@ -297,9 +287,7 @@ class History:
         path = storage.join(self.config.output, "metrics.jsonl")
         earlier = storage.read_bytes(path) if storage.exists(path) else b""
         known = set(earlier.splitlines())
-        lines = [
-            json.dumps(event).encode() for event in self.events if event["event"] in ("step", "validated")
-        ]
+        lines = [json.dumps(event).encode() for event in self.events if event["event"] in ("step", "validated")]
         storage.write_atomic(path, earlier + b"".join(line + b"\n" for line in lines if line not in known))
 
 
@@ -330,9 +318,7 @@ def summary(output: str, result: dict[str, Any]) -> str:
     rows = []
     for direction in ("text_to_image", "image_to_text"):
         values = [result["metrics"].get(f"{direction}/{name}") for name in names]
-        rows.append(
-            [direction.replace("_", " "), *(f"{value:.3f}" if value is not None else "-" for value in values)]
-        )
+        rows.append([direction.replace("_", " "), *(f"{value:.3f}" if value is not None else "-" for value in values)])
     path = storage.join(output, result["best"])
     lines = [table(["validation, best checkpoint", *names], rows), "", f"best checkpoint  {path}"]
     lines.append(f"in open_clip     open_clip.create_model_and_transforms({'local-dir:' + path!r})")

@@ -251,9 +251,7 @@ def test_next_address_when_one_does_not_answer(server: Server, names: Names) -> 
 )
 def test_private_hosts_are_never_dialled(host: str, dialled: list[str], server: Server) -> None:
     error = failure(f"http://{host}:{server.server_port}/body")
-    assert error.reason in ("private_address", "connection"), (
-        "connection: a spelling this system cannot resolve"
-    )
+    assert error.reason in ("private_address", "connection"), "connection: a spelling this system cannot resolve"
     assert not error.transient
     assert dialled == []
     assert server.seen == []
@@ -272,9 +270,7 @@ def test_every_answer_must_be_public(names: Names, dialled: list[str]) -> None:
     assert dialled == []
 
 
-def test_name_that_changes_its_answer(
-    monkeypatch: pytest.MonkeyPatch, dialled: list[str], server: Server
-) -> None:
+def test_name_that_changes_its_answer(monkeypatch: pytest.MonkeyPatch, dialled: list[str], server: Server) -> None:
     answers = iter([PUBLIC, "127.0.0.1"])
     real = socket.getaddrinfo
 
@@ -310,9 +306,7 @@ def test_redirects_are_checked_like_urls(names: Names, dialled: list[str], serve
 def test_is_public() -> None:
     for text in (PUBLIC, "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
         assert is_public(text), text
-    private = (
-        "0.0.0.0 10.1.2.3 127.0.0.1 100.64.0.1 169.254.1.1 172.16.0.1 192.0.0.192 192.168.0.1 192.88.99.1"
-    )
+    private = "0.0.0.0 10.1.2.3 127.0.0.1 100.64.0.1 169.254.1.1 172.16.0.1 192.0.0.192 192.168.0.1 192.88.99.1"
     private += " 198.18.0.1 203.0.113.5 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255 168.63.129.16"
     private += " :: ::1 ::7f00:1 ::ffff:10.0.0.1 64:ff9b::a00:1 64:ff9b:1::808:808 100::1 2001::1 2001:db8::1"
     private += " 2002:a00:1:: 2002:7f00:1:: 3fff::1 5f00::1 fc00::1 fe80::1 fe80::1%eth0 fec0::1 ff0e::1"
@@ -424,9 +418,7 @@ def test_slow_name_lookup_and_silent_server(monkeypatch: pytest.MonkeyPatch) -> 
         error = local(f"http://127.0.0.1:{silent.getsockname()[1]}/", timeout_seconds=0.3)
         assert (error.reason, error.transient) == ("timeout", True)
         port = silent.getsockname()[1]
-        assert local(f"https://127.0.0.1:{port}/", timeout_seconds=0.3).reason == "timeout", (
-            "in the handshake"
-        )
+        assert local(f"https://127.0.0.1:{port}/", timeout_seconds=0.3).reason == "timeout", "in the handshake"
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
     assert local("http://slow.test/", timeout_seconds=0.3).reason == "timeout"
 

@@ -135,9 +135,7 @@ def test_ranks_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for rows that a float32 product cannot tell apart."""
     rng = np.random.default_rng(4)
     gallery = np.repeat(random_unit(1, 64, 5).astype(np.float16), 200, axis=0)
-    gallery.view(np.uint16)[np.arange(200), rng.integers(64, size=200)] += rng.integers(3, size=200).astype(
-        np.uint16
-    )
+    gallery.view(np.uint16)[np.arange(200), rng.integers(64, size=200)] += rng.integers(3, size=200).astype(np.uint16)
     queries = gallery[:12].astype(np.float32)
     relevance = relevance_of([{int(row) for row in rng.choice(200, 9)} for _ in range(12)])
     expected = []
@@ -148,14 +146,13 @@ def test_ranks_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for block_rows in (1, 7, 200, 4096):
         for at_once, few in ((5, 0), (1024, 32)):
             monkeypatch.setattr(metrics, "_QUERIES_AT_ONCE", at_once)
-            monkeypatch.setattr(metrics, "_FEW_CUTS", few)
+            monkeypatch.setattr(metrics, "_FEW_POSITIVES", few)
             ranks = positive_ranks(queries, gallery, relevance, block_rows)
             assert ranks.tolist() == expected
     approximate = queries @ gallery.astype(np.float32).T
     order = np.argsort(-approximate, axis=1, kind="stable")
     float32_only = [
-        int(np.argmax(order[i] == row)) + 1
-        for i, row in zip(relevance.query_of, relevance.positives, strict=True)
+        int(np.argmax(order[i] == row)) + 1 for i, row in zip(relevance.query_of, relevance.positives, strict=True)
     ]
     assert float32_only != expected, "control: this data must need exact scores"
 

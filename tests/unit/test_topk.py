@@ -90,9 +90,7 @@ MAKERS: list[Callable[[int, int, int], Array]] = [random_rows, clustered_rows, l
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dim", [3, 384, 512])
 @pytest.mark.parametrize(("n_queries", "k"), [(1, 10), (70, 3)])
-def test_equals_the_definition(
-    make: Callable[[int, int, int], Array], dim: int, n_queries: int, k: int
-) -> None:
+def test_equals_the_definition(make: Callable[[int, int, int], Array], dim: int, n_queries: int, k: int) -> None:
     rows = make(600, dim, 1)
     queries = random_rows(n_queries, dim, 2) + rows[:1].astype(np.float32)
     assert_same(top_k([(0, rows)], queries, k, shuffled_ids), brute_force(rows, queries, k))
