@@ -23,7 +23,7 @@ from clipdist.config import UserError
 from clipdist.ledger import read_manifest
 from clipdist.towers import ModelConfig, Towers
 
-DIM, TEXT_LENGTH, LOGIT_SCALE, RIDGE = 384, 32, 100.0, 1e-3
+DIM, TEXT_LENGTH, LOGIT_SCALE, RIDGE = 384, 32, 1 / 0.07, 1e-3
 MAX_PICTURES = 2000
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 INVERTED = {

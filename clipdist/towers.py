@@ -80,6 +80,8 @@ class Towers(nn.Module):
         shape = (1, 1, 1, 3)
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(shape) * 255, persistent=False)
+        # Pixels arrive as NHWC; on CPUs convolutions in that layout run twice as fast, on GPUs faster too.
+        self.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval()
 
     def train(self, mode: bool = True) -> Towers:
@@ -114,7 +116,7 @@ class Towers(nn.Module):
         owner, name = _image_projection(self.visual)
         normalised = ((pixels.to(self.mean.dtype) - self.mean) / self.std).permute(0, 3, 1, 2)
         with _without(owner, name):
-            return cast(Tensor, self.visual(normalised.contiguous()))
+            return cast(Tensor, self.visual(normalised))
 
     def project_image(self, output: Tensor) -> Tensor:
         """image_features of image_tower_output."""

@@ -1,0 +1,105 @@
+"""The architecture as a list: a module imports only modules that stand before it, and libraries only where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "clipdist"
+
+LIGHT = (
+    "config progress storage schema ledger lease topk metrics retrieval shards search report gallery info".split()
+)
+LEARN = (
+    "fetch images pictures sources planning vocab stages loss collectives towers batches step checkpoint loop starter "
+    "searcher"
+).split()
+RAY = "runtime prepare embed train evaluate find".split()
+FRONT = "demo cli".split()
+ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
+
+LIGHT_LIBRARIES = {"numpy", "pyarrow", "pydantic", "pydantic_core", "yaml", "fsspec", "tqdm"}
+INSIDE_FUNCTIONS = {"report": {"matplotlib"}, "gallery": {"matplotlib", "jinja2", "PIL"}}
+ONLY_IN = {
+    "ray": {*RAY, *FRONT},
+    "open_clip": {"towers", "augment"},
+    "torchvision": {"towers", "augment"},
+    "torch.distributed": {"collectives"},
+    "torch.nn.parallel": {"collectives"},
+    "timm": {"starter"},
+    "transformers": {"towers", "text_encoder"},
+}
+
+
+def imports(source: str) -> tuple[set[str], set[str]]:
+    """Dotted names imported at the top (type checking aside) and anywhere else in a module."""
+    tree = ast.parse(source)
+    top: set[str] = set()
+    for node in tree.body:
+        top |= _names(node) if isinstance(node, ast.Import | ast.ImportFrom) else set()
+    everywhere = set().union(*(_names(n) for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)), set())
+    checked = [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    only_types = set().union(*(_names(n) for part in checked for n in ast.walk(part) if isinstance(n, ast.ImportFrom)), set())
+    return top, everywhere - top - only_types
+
+
+def _names(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module:
+        if node.module == "clipdist":
+            return {f"clipdist.{alias.name}" for alias in node.names if not alias.name.startswith("__")}
+        return {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} if node.module == "torch" else {node.module}
+    return set()
+
+
+def faults(name: str, source: str) -> list[str]:
+    """Every rule that a module breaks."""
+    top, inside = imports(source)
+    found = []
+    for imported in top | inside:
+        if imported.startswith("clipdist."):
+            other = imported.split(".")[1]
+            if other not in ORDER or ORDER.index(other) >= ORDER.index(name):
+                found.append(f"{name} imports {other}, which does not stand before it")
+        for library, places in ONLY_IN.items():
+            if (imported == library or imported.startswith(library + ".")) and name not in places:
+                found.append(f"{name} imports {library}")
+    if name in LIGHT:
+        stdlib_or_own = __import__("sys").stdlib_module_names | {"clipdist", "__future__"}
+        heavy = {n.split(".")[0] for n in top} - stdlib_or_own - LIGHT_LIBRARIES
+        late = {n.split(".")[0] for n in inside} - stdlib_or_own - LIGHT_LIBRARIES - INSIDE_FUNCTIONS.get(name, set())
+        found += [f"{name} is light, but imports {library}" for library in sorted(heavy | late)]
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_module_keeps_the_rules(name: str) -> None:
+    assert faults(name, (PACKAGE / f"{name}.py").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("ledger", "from clipdist.search import Index"),
+        ("ledger", "from clipdist import ledger"),
+        ("search", "import torch"),
+        ("search", "def f():\n    import torch"),
+        ("loss", "import ray"),
+        ("loop", "def f():\n    from ray import train"),
+        ("loss", "import torch.distributed as dist"),
+        ("loss", "from torch import distributed"),
+        ("step", "from torch.nn.parallel import DistributedDataParallel"),
+        ("batches", "import open_clip"),
+        ("report", "import matplotlib"),
+        ("config", "from clipdist import utils"),
+    ],
+)
+def test_a_broken_rule_is_seen(name: str, source: str) -> None:
+    assert faults(name, source)

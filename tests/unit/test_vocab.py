@@ -1,0 +1,72 @@
+"""Domain terms are matched literally, whole-word where scripts have spaces, and change no other text."""
+
+import open_clip
+import pytest
+import torch
+
+from clipdist.config import UserError
+from clipdist.vocab import BpeTokenizer, VocabularyConfig, grown_embedding, term_pattern
+
+TERMS = ("c++", "3.5mm", "(v-neck", "jacquard", "gore-tex", "gore", "고프코어룩", "fair isle")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BpeTokenizer:
+    return BpeTokenizer(open_clip.get_tokenizer("ViT-B-32"), TERMS)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a c++ book", ["c++"]),
+        ("a coat", []),
+        ("3.5mm jack", ["3.5mm"]),
+        ("345mm jack", []),
+        ("dress (v-neck)", ["(v-neck"]),
+        ("two jacquards", []),
+        ("Jacquard, woven", ["Jacquard"]),
+        ("gore-tex jacket", ["gore-tex"]),
+        ("gore", ["gore"]),
+        ("봄고프코어룩코디", ["고프코어룩"]),
+        ("fair  isle knit", ["fair  isle"]),
+    ],
+)
+def test_matching(text: str, found: list[str]) -> None:
+    assert [match.group() for match in term_pattern(TERMS).finditer(text)] == found
+
+
+def test_text_without_a_term_keeps_its_tokens(tokenizer: BpeTokenizer) -> None:
+    texts = ["a red coat & a blue hat!", "two jacquards", "", "x" * 500]
+    assert torch.equal(tokenizer(texts), tokenizer.base(texts))
+
+
+def test_a_term_is_one_new_token_between_the_old_ones(tokenizer: BpeTokenizer) -> None:
+    row = tokenizer(["a JACQUARD coat"])[0].tolist()
+    ids = tokenizer.base.encode
+    assert row[: row.index(tokenizer.base.eot_token_id)] == [
+        tokenizer.base.sot_token_id, *ids("a"), 49408 + TERMS.index("jacquard"), *ids("coat"),
+    ]  # fmt: skip
+
+
+def test_long_text_ends_with_the_end_token(tokenizer: BpeTokenizer) -> None:
+    row = tokenizer(["jacquard " * 200])[0].tolist()
+    assert len(row) == 77
+    assert row[-1] == tokenizer.base.eot_token_id
+
+
+def test_new_rows_are_means_and_old_rows_stay() -> None:
+    old = torch.nn.Embedding(10, 4)
+    grown = grown_embedding(old, [[1, 2], [3, 4, 5]])
+    assert torch.equal(grown.weight[:10], old.weight)
+    torch.testing.assert_close(grown.weight[11], old.weight[[3, 4, 5]].mean(0))
+    assert grown.weight.requires_grad
+
+
+def test_terms_come_from_both_places_each_once(tmp_path: object) -> None:
+    from pathlib import Path
+
+    path = Path(str(tmp_path)) / "terms.txt"
+    path.write_text("# knitwear\nFair  Isle\njacquard # woven\n\n")
+    assert VocabularyConfig(terms=("jacquard",), file=str(path)).all_terms() == ("jacquard", "fair isle")
+    with pytest.raises(UserError, match=r"vocabulary\.file"):
+        VocabularyConfig(file="nowhere.txt").all_terms()
