@@ -102,7 +102,8 @@ def _job_epilog(name: str) -> str:
             "  clipdist search jobs/search.yaml top=5\n"
         )
     return (
-        f"examples:\n  clipdist {name} jobs/{name}.yaml\n  clipdist {name} jobs/{name}.yaml output=runs/other --explain\n"
+        f"examples:\n  clipdist {name} jobs/{name}.yaml\n"
+        f"  clipdist {name} jobs/{name}.yaml output=runs/other --explain\n"
         f"  ray job submit --working-dir . -- python jobs/{name}.py jobs/{name}.yaml\n"
     )
 

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 Key = tuple[str | int, ...]
 
@@ -52,14 +52,21 @@ class Loaded(Generic[ConfigT]):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+    """Reads `1e-4` as the number that people mean (YAML 1.1: a string), and `2024-01-31` as text (YAML 1.1: a date)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that _Loader would read as numbers."""
+
+
+_TAG = "tag:yaml.org,2002:"
+for _kind in (_Loader, _Dumper):
+    _number = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    _kind.add_implicit_resolver(f"{_TAG}float", _number, list("-+0123456789."))
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, form) for tag, form in forms if tag != f"{_TAG}timestamp"]
+    for start, forms in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def load(kind: type[ConfigT], path: str | None, overrides: Sequence[str] = ()) -> Loaded[ConfigT]:
@@ -70,12 +77,12 @@ def load(kind: type[ConfigT], path: str | None, overrides: Sequence[str] = ()) -
     if path is not None:
         values = _read_yaml(Path(path), places, problems)
     for override in overrides:
-        _apply_override(values, override, places, problems)
+        _apply_override(kind, values, override, places, problems)
     try:
         # Strict JSON mode: lists become tuples, but "5" is no number and true is no number either.
         config = kind.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        problems += [_describe(kind, values, detail, places, path) for detail in error.errors()]
+        problems += [_describe(kind, detail, places, path) for detail in _causes(error.errors())]
         raise UserError(*problems) from None
     if problems:
         raise UserError(*problems)
@@ -84,7 +91,7 @@ def load(kind: type[ConfigT], path: str | None, overrides: Sequence[str] = ()) -
 
 def dump(config: Section) -> str:
     """The resolved config as YAML; it reruns the job that it was saved by."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def flatten(config: Section, prefix: str = "") -> Iterator[tuple[str, object, str]]:
@@ -121,11 +128,11 @@ def explain(loaded: Loaded[ConfigT], derived: Sequence[tuple[str, str]] = (), wi
 
 
 def _origin(origins: dict[str, str], key: str) -> str:
-    """A value inside a section that the command line set as a whole comes from there too."""
-    if key in origins:
-        return origins[key]
-    parents = [key[:end] for end, letter in enumerate(key) if letter == "."]
-    return "command line" if any(origins.get(parent) == "command line" for parent in parents) else "default"
+    """A value comes from the command line too when that set the section around it, or a part of it."""
+    given = [name for name, place in origins.items() if place == "command line"]
+    if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given):
+        return "command line"
+    return origins.get(key, "default")
 
 
 def _read_yaml(path: Path, places: dict[Key, str], problems: list[str]) -> dict[str, Any]:
@@ -136,15 +143,18 @@ def _read_yaml(path: Path, places: dict[Key, str], problems: list[str]) -> dict[
     try:
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        if node is not None:
+            _collect_places(node, (), str(path), places, problems)
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: an alias (*name) stands inside its own anchor (&name)") from None
     if node is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: expected `key: value` lines, got a {type(values).__name__}")
-    _collect_places(node, (), str(path), places, problems)
     return values
 
 
@@ -152,6 +162,12 @@ def _collect_places(node: yaml.Node, key: Key, path: str, places: dict[Key, str]
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for name_node, value_node in node.value:
+            if name_node.tag == f"{_TAG}merge":  # << : what the mapping itself says goes before what is merged
+                merged: dict[Key, str] = {}
+                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                    _collect_places(source, key, path, merged, [])
+                places.update({name: place for name, place in merged.items() if name not in places})
+                continue
             place, inner = f"{path}:{name_node.start_mark.line + 1}", (*key, str(name_node.value))
             if inner in seen:
                 problems.append(f"{place}: {_dotted(inner)}: this key stands twice; keep one")
@@ -165,20 +181,22 @@ def _collect_places(node: yaml.Node, key: Key, path: str, places: dict[Key, str]
             _collect_places(value_node, inner, path, places, problems)
 
 
-def _apply_override(values: dict[str, Any], override: str, places: dict[Key, str], problems: list[str]) -> None:
+def _apply_override(
+    kind: type[Section], values: dict[str, Any], override: str, places: dict[Key, str], problems: list[str]
+) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         problems.append(f'command line: "{override}": expected key=value, such as seed=1 or stages.0.epochs=3')
         return
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     target: Any = values
-    *parents, last = [int(part) if part.isdigit() else part for part in name.split(".")]
+    *parents, last = [int(part) if part.isdecimal() else part for part in name.split(".")]
     for depth, part in enumerate(parents):
         if isinstance(target, dict) and target.get(part) is None:
-            target[part] = {}
+            target[part] = _default_list(kind, tuple(parents[: depth + 1]))
         try:
             target = target[part]
         except (KeyError, IndexError, TypeError):
@@ -198,7 +216,21 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[Key, str
     places[key] = "command line"
 
 
-def _describe(kind: type[Section], values: Any, detail: ErrorDetails, places: dict[Key, str], path: str | None) -> str:
+def _default_list(kind: type[Section], key: Key) -> Any:
+    """What `stages.0.epochs=3` changes when the file has no stages: their default. A section starts empty."""
+    section = _section_at(kind, key)
+    field = section.model_fields.get(str(key[-1])) if section else None
+    default = field.get_default(call_default_factory=True, validated_data={}) if field else None
+    return to_jsonable_python(default) if isinstance(default, tuple) else {}
+
+
+def _causes(details: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:
+    """Without the "too few items" that follows from bad items."""
+    inner = {detail["loc"][:end] for detail in details for end in range(len(detail["loc"]))}
+    return (detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in inner)
+
+
+def _describe(kind: type[Section], detail: ErrorDetails, places: dict[Key, str], path: str | None) -> str:
     key = tuple(detail["loc"])
     known = key
     while known and known not in places:

@@ -9,6 +9,7 @@ import csv
 import importlib
 import importlib.resources
 import io
+import itertools
 import json
 import re
 import sys
@@ -38,7 +39,9 @@ TERMS = ("avocado", "chipmunk", "crayon", "croissant", "flamingo", "hedgehog", "
          "trackball", "turban", "winking", "wrench")  # fmt: skip
 """Words that the text tower's tokenizer breaks into pieces: they become tokens of their own."""
 
-UNNAMEABLE = re.compile(r"button|keycap|arrow|o’clock|-thirty|circle|square|diamond|triangle|zodiac|flag|hand sign|symbol")
+UNNAMEABLE = re.compile(
+    r"button|keycap|arrow|o’clock|-thirty|circle|square|diamond|triangle|zodiac|flag|hand sign|symbol"
+)
 SKIN_TONE, JOINER, VARIATION = re.compile("[\U0001f3fb-\U0001f3ff]"), "\u200d", "\ufe0f"
 GENDERED = re.compile(r"^(man|woman|men|women|person|people) |( man| woman)$")
 
@@ -210,7 +213,7 @@ def _curve(home: Path) -> None:
         for direction in ("text_to_image", "image_to_text")
     }
     marks: list[tuple[float, str]] = []
-    for earlier, later in zip(points, points[1:], strict=False):
+    for earlier, later in itertools.pairwise(points):
         if later["stage"] != earlier["stage"]:
             marks.append((earlier["step"], later["stage"]))
     curves(home / "curve.png", series, title="Held-out retrieval", x_label="step", y_label="hit rate @10", marks=marks)
@@ -240,5 +243,3 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError:
         raise UserError(f"the demo needs the extra `demo` (package {name}): pip install 'clipdist[demo]'") from None
-
-

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from clipdist import images, planning, runtime, storage, towers
 from clipdist.config import Section, UserError, dump
 from clipdist.images import BadImage
-from clipdist.ledger import Ledger, Manifest, begin, read_manifest
+from clipdist.ledger import File, Ledger, Manifest, begin, read_manifest
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.schema import Stamp, embeddings_schema, recorded
@@ -224,7 +225,9 @@ def write_unit(row: dict[str, Any], ledger: Ledger, config: EmbedConfig) -> dict
     rows = plan.to_pylist()
     names = ("id", "image_uri", "captions", "group", "split", "reason", "message")
     kept = [field for field in plan.schema if field.name not in names]
-    tables, planned, rejects = {}, {}, []
+    tables: dict[tuple[str, str | None], tuple[bytes, File]] = {}
+    planned: dict[str, int] = {}
+    rejects: list[dict[str, Any]] = []
     for table in config.towers:
         records = list(_records(table, rows, failed, [field.name for field in kept]))
         good = [record for record in records if "reason" not in record]
@@ -306,8 +309,7 @@ def _pipeline(units: ray.data.Dataset, ledger: Ledger, config: EmbedConfig, prep
     threads = max(1, cpus // encoders)
     cores = 1.0 if gpus else 0.5 * min(threads, cpus / encoders)
     loaded = units.map(
-        load_unit,
-        fn_kwargs={"ledger": ledger, "config": config, "preprocess": preprocess},
+        partial(load_unit, ledger=ledger, config=config, preprocess=preprocess),
         num_cpus=1 if gpus else 0.25,
     )
     encoded = loaded.map(
@@ -317,7 +319,7 @@ def _pipeline(units: ray.data.Dataset, ledger: Ledger, config: EmbedConfig, prep
         num_cpus=cores,
         num_gpus=1 if gpus else 0,
     )
-    return encoded.map(write_unit, fn_kwargs={"ledger": ledger, "config": config}, num_cpus=0.25)
+    return encoded.map(partial(write_unit, ledger=ledger, config=config), num_cpus=0.25)
 
 
 def _plan(config: EmbedConfig, rows: int | None = None) -> Iterable[pa.Table]:

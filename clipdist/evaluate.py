@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +75,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(storage.read_bytes(path))
         refuse_other_stamp(output, stamp, Stamp.from_json(result["stamp"]))
         return result
-    if strange := storage.names(output):
-        if "config.yaml" not in strange:
-            raise UserError(f"{output}: this folder already holds {strange[0]}; choose an empty or new output")
+    if (strange := storage.names(output)) and "config.yaml" not in strange:
+        raise UserError(f"{output}: this folder already holds {strange[0]}; choose an empty or new output")
     measured = read_measured(config)
     relevance = measured.gallery.relevance()
     metrics = measure(measured.images, measured.texts, relevance)
@@ -201,7 +199,7 @@ def _write_report(
             },
             tables=[(["", *SHOWN], metrics_rows(result["metrics"]))],
             figures=[("Similarity of captions (rows) and pictures (columns)", folder / "heatmap.png")],
-            sections=[GallerySection(query if isinstance(query, str) else query.caption, tiles) for query, tiles in examples],
+            sections=[GallerySection(query, tiles) for query, tiles in examples],
         )  # fmt: skip
         for file in sorted(folder.iterdir()):
             storage.write_atomic(storage.join(output, file.name), file.read_bytes())
@@ -219,7 +217,7 @@ def _heatmap(config: EvaluateConfig, measured: Measured, path: Path) -> None:
 
 def example_hits(
     measured: Measured, relevance: dict[str, Relevance], queries: int, k: int
-) -> Sequence[tuple[str | Tile, Sequence[Tile]]]:
+) -> list[tuple[str, list[Tile]]]:
     """Evenly drawn caption queries with their first k pictures, marked right or wrong."""
     right = relevance["text_to_image"]
     rows = np.linspace(0, len(measured.texts) - 1, min(queries, len(measured.texts))).astype(int)

@@ -33,8 +33,8 @@ def describe(path: str) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> str:
     """The facts as lines for a person; rejects as a table."""
-    rejects = found.pop("rejected", None)
-    rows = [(name, _shown(name, value)) for name, value in _flat(found)]
+    rejects = {name: reasons for name, reasons in (found.get("rejected") or {}).items() if reasons}
+    rows = [(name, _shown(name, value)) for name, value in _flat({**found, "rejected": None}) if name != "rejected"]
     longest = max(len(name) for name, _ in rows)
     lines = [f"{name:<{longest}}  {value}" for name, value in rows]
     if rejects:
@@ -63,7 +63,7 @@ def _describe_table(uri: str) -> dict[str, Any]:
     for file in manifest.files:
         if file.split is not None:
             splits[file.split] = splits.get(file.split, 0) + file.rows
-    facts = {
+    facts: dict[str, Any] = {
         "kind": manifest.stamp.kind,
         "path": uri,
         "state": "finished",
@@ -76,7 +76,7 @@ def _describe_table(uri: str) -> dict[str, Any]:
 
 
 def _describe_run(uri: str, names: set[str]) -> dict[str, Any]:
-    facts = {
+    facts: dict[str, Any] = {
         "kind": "training run",
         "path": uri,
         "state": "finished" if "result.json" in names else "not finished",
@@ -98,15 +98,23 @@ def _size(uri: str) -> int:
     return sum(size for _, size in storage.walk_files(uri))
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(value: dict[str, Any], depth: int = 0) -> list[tuple[str, Any]]:
+    """Nested facts as indented lines; a small flat mapping fits on one."""
     rows: list[tuple[str, Any]] = []
     for name, item in value.items():
-        rows += _flat(item, f"{prefix}{name}.") if isinstance(item, dict) and item else [(f"{prefix}{name}", item)]
+        if isinstance(item, dict) and (
+            len(json.dumps(item, default=str)) > 100 or any(isinstance(v, dict) for v in item.values())
+        ):
+            rows += [("  " * depth + name, ""), *_flat(item, depth + 1)]
+        else:
+            rows.append(("  " * depth + name, item))
     return rows
 
 
 def _shown(name: str, value: Any) -> str:
-    if name == "bytes" or name.endswith(".bytes"):
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(key, item)}" for key, item in value.items()) or "none"
+    if name.strip() == "bytes":
         return file_size(value)
     if isinstance(value, bool) or value is None:
         return json.dumps(value)

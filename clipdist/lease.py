@@ -14,16 +14,19 @@ from collections.abc import Iterator
 from clipdist import storage
 from clipdist.config import UserError
 
-RENEW_SECONDS, STALE_SECONDS = 10.0, 60.0
+RENEW_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
 
 @contextlib.contextmanager
 def held(uri: str) -> Iterator[None]:
     """Holds the lease of `uri` while the block runs. UserError when another run holds it."""
     path, nonce = storage.join(uri, "running.json"), uuid.uuid4().hex
-    for _ in range(3):
+    for attempt in range(3):
         if storage.put_if_absent(path, _record(nonce)):
-            break
+            if attempt:  # another run may have seen the same dead lease, and have removed ours for it
+                time.sleep(SETTLE_SECONDS)
+            if _is_ours(path, nonce):
+                break
         _refuse_if_alive(uri, path)
         storage.remove(path)
     else:
@@ -36,13 +39,22 @@ def held(uri: str) -> Iterator[None]:
     finally:
         stop.set()
         renewing.join()
-        storage.remove(path)
+        if _is_ours(path, nonce):
+            storage.remove(path)
 
 
 def _renew(path: str, nonce: str, stop: threading.Event) -> None:
     while not stop.wait(RENEW_SECONDS):
-        with contextlib.suppress(OSError):
-            storage.write_atomic(path, _record(nonce))
+        with contextlib.suppress(Exception):  # whatever a store's client raises: the next time may do
+            if _is_ours(path, nonce):
+                storage.write_atomic(path, _record(nonce))
+
+
+def _is_ours(path: str, nonce: str) -> bool:
+    try:
+        return bool(json.loads(storage.read_bytes(path))["nonce"] == nonce)
+    except FileNotFoundError:
+        return False
 
 
 def _record(nonce: str) -> bytes:
@@ -56,11 +68,11 @@ def _refuse_if_alive(uri: str, path: str) -> None:
         return
     age = time.time() - holder["time"]
     here = holder["host"] == socket.gethostname()
-    alive = _is_running(holder["pid"]) if here else age < STALE_SECONDS
-    if alive:
-        wait = "" if here else f"; if it is dead, its lease ends in {STALE_SECONDS - age:.0f} s"
+    # A dead run on this host is known at once. The age counts here too: a restarted container reuses the numbers.
+    if age < STALE_SECONDS and not (here and not _is_running(holder["pid"])):
         raise UserError(
-            f"{uri}: another run is at work on this output (host {holder['host']}, process {holder['pid']}){wait}"
+            f"{uri}: another run is at work on this output (host {holder['host']}, process {holder['pid']}); "
+            f"if it is dead, its lease ends in {STALE_SECONDS - age:.0f} s"
         )
 
 

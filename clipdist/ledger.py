@@ -123,7 +123,7 @@ class Ledger:
 
     def reject_examples(self, count: int) -> list[str]:
         """A few rejects as lines for a person."""
-        lines = []
+        lines: list[str] = []
         for commit in self.commits():
             if commit["reject_file"] and len(lines) < count:
                 with storage.open_read(self._path(commit["reject_file"])) as file:
@@ -240,7 +240,9 @@ def _why_no_manifest(uri: str) -> str:
 
 def _write_plan(uri: str, units: Iterable[pa.Table]) -> tuple[list[str], list[int]]:
     """Plan files of UNITS_PER_PLAN_FILE row groups; memory holds one of them."""
-    nonce, files, rows = uuid.uuid4().hex[:12], [], []
+    nonce = uuid.uuid4().hex[:12]
+    files: list[str] = []
+    rows: list[int] = []
     buffer, writer = io.BytesIO(), None
     for table in units:
         if writer is None:
@@ -249,7 +251,8 @@ def _write_plan(uri: str, units: Iterable[pa.Table]) -> tuple[list[str], list[in
         writer.write_table(table, row_group_size=max(len(table), 1))
         rows.append(len(table))
         if len(rows) % UNITS_PER_PLAN_FILE == 0:
-            writer = _close_plan_file(uri, nonce, buffer, writer, files)
+            _close_plan_file(uri, nonce, buffer, writer, files)
+            writer = None
     if writer is not None:
         _close_plan_file(uri, nonce, buffer, writer, files)
     return files, rows

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from clipdist import batches, checkpoint, collectives, stages, step
-from clipdist.batches import LocalBatch, Loader, Pairs, key_hash
+from clipdist.batches import Loader, LocalBatch, Pairs, key_hash
 from clipdist.checkpoint import Progress
 from clipdist.config import Section, UserError
 from clipdist.ledger import Manifest
@@ -127,6 +127,7 @@ def _open_run(
     config: TrainConfig, manifest: Manifest, device: torch.device, report: Report, checkpoint_path: str | None
 ) -> Run:
     if checkpoint_path is None:
+        torch.manual_seed(config.seed)  # a model without weights must start the same on every rank
         towers = load(config.model)
         added = towers.add_terms(config.vocabulary.all_terms())
         report({"event": "vocabulary", "new_tokens": len(added)})

@@ -10,6 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -74,7 +75,7 @@ def run(config: PrepareConfig) -> Manifest:
     runtime.save_config(output, dump(config))
 
     def pipeline(units: ray.data.Dataset) -> ray.data.Dataset:
-        return units.map(prepare_unit, fn_kwargs={"ledger": ledger, "config": config}, num_cpus=1)
+        return units.map(partial(prepare_unit, ledger=ledger, config=config), num_cpus=1)
 
     return runtime.run_units(ledger, "prepare", pipeline, config.max_rejected_fraction)
 

@@ -49,7 +49,7 @@ def measure(
     images: NDArray[np.float32], texts: NDArray[np.float32], relevance: dict[str, Relevance]
 ) -> dict[str, float]:
     """`<direction>/<metric>` for both directions; embeddings [rows, dim] are L2-normalised."""
-    found = {}
+    found: dict[str, float] = {}
     for direction, (queries, gallery) in {
         "text_to_image": (texts, images),
         "image_to_text": (images, texts),

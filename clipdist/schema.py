@@ -29,6 +29,8 @@ RESERVED = (
     "image_uri",
     "pair_id",
     "thumbnail",
+    "reason",
+    "message",
 )
 """Column names that clipdist fills itself; passthrough columns need other names."""
 

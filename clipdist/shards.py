@@ -111,21 +111,30 @@ class Shards:
             return [name for name in pq.read_schema(file).names if name != "embedding"]
 
     def _read(self, file: File, names: Sequence[str]) -> pa.Table:
-        with storage.open_read(self.manifest.path(file)) as opened:
-            return pq.read_table(opened, columns=list(names))
+        path = self.manifest.path(file)
+        try:
+            with storage.open_read(path) as opened:
+                return pq.read_table(opened, columns=list(names))
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(path, error) from None
 
     def _matrix(self, file: File, rows: int, offset: int) -> np.ndarray:
         path, shape = self.manifest.path(file), (rows, self.dim)
         length = rows * self.dim * 2
-        if storage.is_local(path):
-            try:
+        try:
+            if storage.is_local(path):
                 return np.memmap(path, dtype="<f2", mode="r", offset=offset, shape=shape)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: this shard is missing or shorter than its commit says ({error})") from None
-        data = storage.read_bytes(path, offset, offset + length)
-        if len(data) != length:
-            raise UserError(f"{path}: this shard is shorter than its commit says: embed again")
-        return np.frombuffer(data, dtype="<f2").reshape(shape)
+            data = storage.read_bytes(path, offset, offset + length)
+            return np.frombuffer(data, dtype="<f2").reshape(shape)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from None
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: this shard is missing, unreadable or shorter than its commit says "
+        f"({error.__class__.__name__}: {error}); copy it again, or embed into a new output"
+    )
 
 
 def row_of_id(shards: Shards, row_id: str) -> int | None:

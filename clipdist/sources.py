@@ -10,7 +10,7 @@ import csv
 import difflib
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -42,7 +42,7 @@ class SourceConfig(Section):
     path: str
     """A CSV, TSV, JSONL or Parquet file (or a folder or glob of them), a folder of pictures with .txt captions
     beside them, a folder per class, or WebDataset tars. A local path or a URL such as s3://bucket/prefix."""
-    kind: Literal["auto"] | SourceKind = "auto"
+    kind: Literal["auto", "csv", "jsonl", "parquet", "folder", "class_folders", "webdataset"] = "auto"
     """What `path` is; auto goes by the file names."""
     image_column: str = "image"
     """Column of a table with the picture: a relative or absolute path, a URL, or the bytes (Parquet)."""
@@ -90,7 +90,7 @@ def open_source(config: SourceConfig) -> Source:
     return source
 
 
-def require_columns(source: Source, wanted: dict[str, Sequence[str]]) -> None:
+def require_columns(source: Source, wanted: Mapping[str, Sequence[str]]) -> None:
     """UserError that names every column that the config asks for and the input lacks."""
     problems = []
     for key, names in wanted.items():

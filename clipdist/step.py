@@ -131,6 +131,6 @@ def optimise(
     optimizer.step()
     with torch.no_grad():
         scale = towers.model.logit_scale
-        scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator, union-attr]
+        scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
     shares = collectives.gather_rows(loss.detach().reshape(1), [1] * collectives.world_size())
     return float(shares.mean()), norm

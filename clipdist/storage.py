@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-Filesystem = fsspec.AbstractFileSystem
+Filesystem: TypeAlias = Any  # an fsspec.AbstractFileSystem; fsspec has no types
+
+CONFLICT_WAITS_SECONDS = (0.1, 0.5, 2.0)
 
 
 def filesystem(path: str) -> tuple[Filesystem, str]:
     """The client and the path as the client wants it."""
-    fs, inner = fsspec.core.url_to_fs(path)
+    if "://" not in path:  # not through url_to_fs, to which "::" in a file name means another thing
+        fs = LocalFileSystem()
+        return fs, fs._strip_protocol(path)
+    # Without the cache of listings: other processes write here too.
+    fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     return fs, inner
 
 
@@ -55,6 +62,8 @@ def size(path: str) -> int:
 def read_bytes(path: str, start: int | None = None, end: int | None = None) -> bytes:
     """The whole file, or its bytes [start, end)."""
     fs, inner = filesystem(path)
+    if start is not None and start == end:
+        return b""  # S3 has no empty range and would send the whole file
     return bytes(fs.cat_file(inner, start=start, end=end))
 
 
@@ -65,28 +74,30 @@ def open_read(path: str) -> Any:
 
 
 def names(path: str) -> list[str]:
-    """Names in a directory, sorted; [] when there is none."""
+    """Names in a directory, sorted; [] when there is none. Left out: what a killed `write_atomic` left behind, and the
+    empty object by which an S3 console marks a folder."""
     fs, inner = filesystem(path)
-    fs.invalidate_cache()
     try:
-        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(inner, detail=False))
+        entries = [entry.rstrip("/") for entry in fs.ls(inner, detail=False)]
     except FileNotFoundError:
         return []
+    found = (entry.rpartition("/")[2] for entry in entries if entry != inner)
+    return sorted(name for name in found if not (name.startswith(".") and name.endswith(".tmp")))
 
 
 def walk_files(path: str) -> Iterator[tuple[str, int]]:
-    """Every file below `path` as (path, bytes), in sorted order of directories and names."""
+    """Every file below `path` as (path, bytes): those of a directory by name, then its directories by name."""
     fs, inner = filesystem(path)
-    for folder, folders, files in fs.walk(inner, detail=True):
-        folders_sorted = dict(sorted(folders.items()))
-        folders.clear()
-        folders.update(folders_sorted)
-        for name in sorted(files):
-            full = f"{folder.rstrip('/')}/{name}"
-            yield (
-                (full if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(full)),
-                int(files[name]["size"] or 0),
-            )
+    folders = [inner]
+    while folders:
+        folder = folders.pop()
+        entries = [entry for entry in fs.ls(folder, detail=True) if entry["name"].rstrip("/") != folder]
+        for entry in sorted(entries, key=lambda entry: str(entry["name"])):
+            if entry["type"] != "directory":
+                name = entry["name"]
+                yield (name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name), int(entry["size"] or 0))
+        inside = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
+        folders += sorted(inside, reverse=True)
 
 
 def make_directory(path: str) -> None:
@@ -116,14 +127,33 @@ def put_if_absent(path: str, data: bytes) -> bool:
             finally:
                 os.unlink(temporary)
         elif "s3" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-            fs.pipe_file(inner, data, mode="create")
+            _create_object(fs, inner, data)
         else:
             if fs.exists(inner):
                 raise FileExistsError(inner)
             fs.pipe_file(inner, data)
     except FileExistsError:
-        return read_bytes(path) == data
+        try:
+            return read_bytes(path) == data
+        except FileNotFoundError:  # removed since
+            return False
     return True
+
+
+def _create_object(fs: Filesystem, inner: str, data: bytes) -> None:
+    """A PUT with If-None-Match. FileExistsError when the object is there."""
+    for wait_seconds in (*CONFLICT_WAITS_SECONDS, None):
+        try:
+            fs.pipe_file(inner, data, mode="create")
+            return
+        except OSError as error:
+            response = getattr(error.__cause__, "response", None) or {}
+            code = response.get("Error", {}).get("Code")
+            if code in ("PreconditionFailed", "412"):  # s3fs knows only the answer of AWS
+                raise FileExistsError(inner) from None
+            if code not in ("ConditionalRequestConflict", "409") or wait_seconds is None:
+                raise
+            time.sleep(wait_seconds)  # S3 asks to try again when two write at once
 
 
 def remove(path: str) -> None:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import open_clip
@@ -55,20 +55,23 @@ class Preprocess:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str
-    resize_mode: str
+    interpolation: Literal["bicubic", "bilinear", "nearest"]
+    resize_mode: Literal["shortest", "longest", "squash"]
     fill_color: int
 
     def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
         """RGB picture -> uint8 [size, size, 3]; the towers normalise on their device."""
-        return images.fit(picture, self.size, self.resize_mode, self.interpolation, self.fill_color)  # type: ignore[arg-type]
+        return images.fit(picture, self.size, self.resize_mode, self.interpolation, self.fill_color)
 
 
 class Towers(nn.Module):
     """An open_clip model with its preprocessing and tokenizer. Always in eval mode: batch-norm statistics that depend
     on the batch would depend on how many workers share it, and dropout is off."""
 
-    def __init__(self, model: nn.Module, model_config: dict[str, Any], preprocess: Preprocess, tokenizer: Any) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, model_config: dict[str, Any], preprocess: Preprocess, tokenizer: Any) -> None:
         super().__init__()
         self.model, self.model_config, self.preprocess, self.tokenizer = (
             model,
@@ -81,16 +84,16 @@ class Towers(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(shape) * 255, persistent=False)
         # Pixels arrive as NHWC; on CPUs convolutions in that layout run twice as fast, on GPUs faster too.
-        self.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.visual.to(memory_format=torch.channels_last)
         self.eval()
 
     def train(self, mode: bool = True) -> Towers:
         return super().train(False)
 
     @property
-    def text(self) -> nn.Module:
+    def text(self) -> Any:
         """The module that owns the text tower: open_clip's CLIP keeps it in itself."""
-        return cast(nn.Module, getattr(self.model, "text", self.model))
+        return getattr(self.model, "text", self.model)
 
     @property
     def dim(self) -> int:
@@ -126,8 +129,8 @@ class Towers(nn.Module):
         """int64 [rows, text_length] -> [rows, width], before the projection."""
         owner, name = _text_projection(self.text)
         with _without(owner, name):
-            if owner is self.model:
-                return cast(Tensor, self.model.encode_text(tokens))  # type: ignore[operator]
+            if self.text is self.model:
+                return cast(Tensor, self.model.encode_text(tokens))
             if hasattr(self.text, "config"):  # Hugging Face towers mask padding, so whole columns of it can go
                 tokens = tokens[:, : max(1, int((tokens != self.text.config.pad_token_id).sum(1).max()))]
             return cast(Tensor, self.text(tokens))
@@ -145,8 +148,8 @@ class Towers(nn.Module):
         return F.normalize(self.project_text(self.text_tower_output(tokens)), dim=-1)
 
     @property
-    def visual(self) -> nn.Module:
-        return cast(nn.Module, self.model.visual)
+    def visual(self) -> Any:
+        return self.model.visual
 
     def parts(self) -> dict[Part, list[tuple[str, nn.Parameter]]]:
         """Every parameter, by the part of the model that it belongs to; each in one part."""
@@ -292,9 +295,9 @@ def load(config: ModelConfig) -> Towers:
 
 
 def _assemble(
-    model: nn.Module, model_config: dict[str, Any], tokenizer: Any, config: ModelConfig, own: dict[str, Any]
+    model: Any, model_config: dict[str, Any], tokenizer: Any, config: ModelConfig, own: dict[str, Any]
 ) -> Towers:
-    facts = dict(model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
+    facts = dict(model.visual.preprocess_cfg)
     size = facts["size"] if isinstance(facts["size"], int) else facts["size"][0]
     if config.image_size is not None:
         size = model_config["vision_cfg"]["image_size"] = config.image_size
@@ -435,7 +438,7 @@ def _project(output: Tensor, owner: nn.Module, name: str | None) -> Tensor:
     return cast(Tensor, projection(output) if isinstance(projection, nn.Module) else output @ projection)
 
 
-def _pool_at_end_of_text(text: nn.Module, eos_id: int) -> None:
+def _pool_at_end_of_text(text: Any, eos_id: int) -> None:
     for kind, eos in (("text_pool_type", "text_eos_id"), ("pool_type", "eos_id")):
         if hasattr(text, kind):
             setattr(text, kind, "eos")

@@ -60,11 +60,12 @@ class BpeTokenizer:
 
     def __init__(self, base: Callable[..., LongTensor], terms: Sequence[str]) -> None:
         self.base, self.terms = base, tuple(terms)
+        self.context_length = int(base.context_length)  # type: ignore[attr-defined]
         self._pattern = term_pattern(terms)
         self._ids = {term: base.vocab_size + index for index, term in enumerate(terms)}  # type: ignore[attr-defined]
 
     def __call__(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
-        length = context_length or self.base.context_length  # type: ignore[attr-defined]
+        length = context_length or self.context_length
         tokens: Tensor = self.base(list(texts), context_length=length)
         for index, text in enumerate(texts):
             if self._pattern.search(text):
@@ -95,4 +96,5 @@ def grown_embedding(old: nn.Embedding, pieces: Sequence[Sequence[int]]) -> nn.Em
     near the term's meaning. Old rows are kept to the bit."""
     rows = [old.weight.detach()[list(ids)].mean(dim=0) for ids in pieces]
     weight = torch.cat([old.weight.detach(), *(row[None] for row in rows)])
-    return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=old.padding_idx)
+    grown: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=old.padding_idx)
+    return grown

@@ -144,9 +144,7 @@ def test_rayjob_control_one_wrong_key_is_refused(
 
 def test_rayjob_obeys_the_rules_that_no_schema_holds() -> None:
     spec = load("rayjob.yaml")["spec"]
-    assert bool(spec.get("shutdownAfterJobFinishes")) != ("deletionStrategy" in spec), (
-        "exactly one way to clean up"
-    )
+    assert bool(spec.get("shutdownAfterJobFinishes")) != ("deletionStrategy" in spec), "exactly one way to clean up"
     assert spec["rayClusterSpec"]["authOptions"]["mode"] == "token"
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
@@ -167,9 +165,7 @@ def test_rayjob_pods_have_fixed_sizes_shared_memory_and_no_written_secret() -> N
         assert volume["medium"] == "Memory"
         assert 0.3 * memory <= size(volume["sizeLimit"]) < memory, f"{name}: Ray's object store takes 30 %"
         assert "serviceAccountName" in pod or any("secretRef" in source for source in container["envFrom"])
-        assert not any(
-            "value" in variable for variable in container.get("env", []) if "AWS" in variable["name"]
-        )
+        assert not any("value" in variable for variable in container.get("env", []) if "AWS" in variable["name"])
         assert pod["securityContext"]["runAsNonRoot"] is True
     assert "nvidia.com/gpu" in pods(load("rayjob.yaml"))["gpu"]["containers"][0]["resources"]["limits"]
 
@@ -214,9 +210,7 @@ def test_containerfile_installs_what_pyproject_says_as_a_user_without_an_index()
     assert not re.search(r"https?://|index-url|find-links|--trusted-host", " ".join(runs))
     assert [line for line in lines if line.startswith("USER ")][-1] == "USER 1000"
     (listing,) = [shlex.split(run)[3] for run in runs if "tomllib" in run]
-    printed = subprocess.run(
-        [sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    printed = subprocess.run([sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout.splitlines() == PROJECT["dependencies"]
     copied = [path for line in lines if line.startswith("COPY ") for path in line.split()[2:-1]]
     assert copied[0] == "pyproject.toml", "dependencies are a layer of their own"

@@ -1,4 +1,4 @@
-"""The architecture as a list: a module imports only modules that stand before it, and libraries only where they belong."""
+"""The architecture as a list: modules import only earlier ones, and libraries only where they belong."""
 
 import ast
 from pathlib import Path
@@ -7,15 +7,42 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "clipdist"
 
-LIGHT = (
-    "config progress storage schema ledger lease topk metrics retrieval shards search report gallery info".split()
-)
-LEARN = (
-    "fetch images pictures sources planning vocab stages loss collectives towers batches step checkpoint loop starter "
-    "searcher"
-).split()
-RAY = "runtime prepare embed train evaluate find".split()
-FRONT = "demo cli".split()
+LIGHT = [
+    "config",
+    "progress",
+    "storage",
+    "schema",
+    "ledger",
+    "lease",
+    "topk",
+    "metrics",
+    "retrieval",
+    "shards",
+    "search",
+    "report",
+    "gallery",
+    "info",
+]
+LEARN = [
+    "fetch",
+    "images",
+    "pictures",
+    "sources",
+    "planning",
+    "vocab",
+    "stages",
+    "loss",
+    "collectives",
+    "towers",
+    "batches",
+    "step",
+    "checkpoint",
+    "loop",
+    "starter",
+    "searcher",
+]
+RAY = ["runtime", "prepare", "embed", "train", "evaluate", "find"]
+FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 
 LIGHT_LIBRARIES = {"numpy", "pyarrow", "pydantic", "pydantic_core", "yaml", "fsspec", "tqdm"}
@@ -39,7 +66,9 @@ def imports(source: str) -> tuple[set[str], set[str]]:
         top |= _names(node) if isinstance(node, ast.Import | ast.ImportFrom) else set()
     everywhere = set().union(*(_names(n) for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)), set())
     checked = [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
-    only_types = set().union(*(_names(n) for part in checked for n in ast.walk(part) if isinstance(n, ast.ImportFrom)), set())
+    only_types = set().union(
+        *(_names(n) for part in checked for n in ast.walk(part) if isinstance(n, ast.ImportFrom)), set()
+    )
     return top, everywhere - top - only_types
 
 
@@ -49,7 +78,11 @@ def _names(node: ast.AST) -> set[str]:
     if isinstance(node, ast.ImportFrom) and node.module:
         if node.module == "clipdist":
             return {f"clipdist.{alias.name}" for alias in node.names if not alias.name.startswith("__")}
-        return {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} if node.module == "torch" else {node.module}
+        return (
+            {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            if node.module == "torch"
+            else {node.module}
+        )
     return set()
 
 

@@ -279,9 +279,7 @@ def test_gallery_needs_nothing_but_itself_and_escapes_all_text(tmp_path):
     }
     section = Section(INJECTION, {INJECTION: [tile]}, picture_bytes(), INJECTION, **everything)
     path = tmp_path / "report.html"
-    gallery(
-        path, title=INJECTION, intro=INJECTION, facts={INJECTION: INJECTION}, sections=[section], **everything
-    )
+    gallery(path, title=INJECTION, intro=INJECTION, facts={INJECTION: INJECTION}, sections=[section], **everything)
     page = Page(path)
     assert "script" not in page.tags
     assert page.foreign() == []
@@ -301,9 +299,7 @@ def test_gallery_shows_rank_score_id_and_what_is_right(tmp_path):
         Tile(None, "빨간 원피스", 0.25, np.False_, "008"),
         Tile(b"broken", "no score", None, None),
     ]
-    section = Section(
-        "shirts", {"before": tiles[1:], "after": tiles}, tables=[(["k", "hit rate"], [[1, 0.5]])]
-    )
+    section = Section("shirts", {"before": tiles[1:], "after": tiles}, tables=[(["k", "hit rate"], [[1, 0.5]])])
     gallery(tmp_path / "g.html", title="Search", sections=[section], facts={"pictures": "4,000"})
     page, source = Page(tmp_path / "g.html"), (tmp_path / "g.html").read_text(encoding="utf-8")
     for shown in (

@@ -30,7 +30,12 @@ TINY_SIGLIP = {
     "embed_dim": 64,
     "init_logit_bias": -10,
     "custom_text": True,
-    "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none", "image_size": 64},
+    "vision_cfg": {
+        "timm_model_name": "vit_tiny_patch16_224",
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "image_size": 64,
+    },
     "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 1, "proj_bias": True},
 }
 
@@ -52,7 +57,9 @@ def pixels(model: Towers, rows: int = 3) -> torch.Tensor:
 
 def test_tower_output_then_projection_is_what_open_clip_encodes(model: Towers) -> None:
     shown, tokens = pixels(model), model.tokenise(TEXTS)
-    normalised = ((shown.float() / 255 - torch.tensor(model.preprocess.mean)) / torch.tensor(model.preprocess.std)).permute(0, 3, 1, 2)
+    normalised = (
+        (shown.float() / 255 - torch.tensor(model.preprocess.mean)) / torch.tensor(model.preprocess.std)
+    ).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = model.model.encode_image(normalised), model.model.encode_text(tokens)
         image = model.project_image(model.image_tower_output(shown))
@@ -126,7 +133,9 @@ def test_new_tokens_pool_at_the_real_end_of_text(tiny_clip: str, tmp_path: Path)
         added = model.add_terms(["fairisle", "gore-tex", "dress"])
         assert list(added) == ["fairisle", "gore-tex"]  # "dress" is one token already
         assert torch.equal(model.text_embeddings(model.tokenise([plain])), old)
-        first, second = model.text_embeddings(model.tokenise(["a fairisle jumper with buttons", "a fairisle jumper with zippers"]))
+        first, second = model.text_embeddings(
+            model.tokenise(["a fairisle jumper with buttons", "a fairisle jumper with zippers"])
+        )
     assert not torch.allclose(first, second, atol=1e-4), "text after a new token must matter"
     rows = model.model.token_embedding.weight
     assert torch.equal(rows[: len(before)], before)
@@ -148,12 +157,14 @@ def test_without_pooling_at_the_end_the_text_after_a_new_token_would_be_lost(tin
     model.add_terms(["fairisle"])
     model.model.text_pool_type = "argmax"
     with torch.no_grad():
-        first, second = model.text_embeddings(model.tokenise(["a fairisle jumper with buttons", "a fairisle jumper with zippers"]))
+        first, second = model.text_embeddings(
+            model.tokenise(["a fairisle jumper with buttons", "a fairisle jumper with zippers"])
+        )
     assert torch.equal(first, second)
 
 
 def test_unknown_models_are_refused_with_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean.*ViT-B-32"):
+    with pytest.raises(UserError, match=r"did you mean.*ViT-B-32"):
         towers.locate("ViT-B-23")
     with pytest.raises(UserError, match="neither a folder"):
         towers.locate(str(tmp_path / "nowhere"))
