@@ -57,6 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except Exception as error:
+        mistake = _mistake_behind(error)
+        if mistake is None:
+            raise
+        print(f"clipdist {options.command}: {mistake}", file=sys.stderr)
+        return 2
+
+
+def _mistake_behind(error: BaseException | None) -> UserError | None:
+    """The person's mistake that a worker met, inside whatever Ray wrapped around it."""
+    for _ in range(10):
+        if error is None or isinstance(error, UserError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:

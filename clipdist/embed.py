@@ -25,6 +25,7 @@ from clipdist import images, planning, runtime, storage, towers
 from clipdist.config import Section, UserError, dump
 from clipdist.images import BadImage
 from clipdist.ledger import File, Ledger, Manifest, begin, read_manifest
+from clipdist.loop import ENCODE_ROWS
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.schema import Stamp, embeddings_schema, recorded
@@ -45,6 +46,10 @@ class CatalogConfig(Section):
     """Templates of the descriptions; a row without any is embedded all the same, as a picture only."""
     columns: ColumnsConfig = ColumnsConfig()
     """Which column is what."""
+
+    def absolute(self) -> CatalogConfig:
+        """The same catalog, named so that the config can be run from anywhere."""
+        return self.model_copy(update={"source": open_source(self.source).absolute_config()})
 
     @field_validator("captions")
     @classmethod
@@ -71,8 +76,8 @@ class EmbedConfig(Section):
     """images, texts, or both."""
     unit_rows: int = Field(512, ge=1, le=4096)
     """Rows per unit of work: what is committed at once, and at most lost by a kill."""
-    batch_rows: int = Field(64, ge=1)
-    """Rows per forward pass."""
+    batch_rows: int | None = Field(None, ge=1)
+    """Rows per forward pass; null: 256 on GPUs, 32 on CPUs."""
     max_rejected_fraction: float = Field(0.05, ge=0, le=1)
     """The job fails when a larger share of the rows is rejected."""
     max_image_bytes: int = Field(50 << 20, ge=1)
@@ -96,12 +101,19 @@ def run(config: EmbedConfig) -> Manifest:
     output = storage.absolute(config.output)
     model = towers.load(config.model)
     place = towers.locate(config.model.name)
-    resolved = config.model_copy(update={"model": config.model.model_copy(update={"name": place.folder or place.name})})
+    resolved = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": place.folder or place.name}),
+            "output": output,
+            "pairs": config.pairs and storage.absolute(config.pairs),
+            "catalog": config.catalog and config.catalog.absolute(),
+        }
+    )
     stamp = _stamp(config, model, resolved.model)
     ledger = begin(output, stamp, lambda: (_plan(config), {}))
     if storage.names(storage.join(output, "manifests")):
         return read_manifest(output)
-    runtime.save_config(output, dump(config))
+    runtime.save_config(output, dump(resolved))
 
     def pipeline(units: ray.data.Dataset) -> ray.data.Dataset:
         return _pipeline(units, ledger, resolved, model.preprocess)
@@ -128,7 +140,10 @@ def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
 
 
 def derived(config: EmbedConfig) -> list[tuple[str, str]]:
-    return [("forward passes per unit", str(-(-config.unit_rows // config.batch_rows)))]
+    return [
+        ("units in flight per encoder", "2"),
+        ("rows at most lost by a kill", f"{config.unit_rows} per unit in flight"),
+    ]
 
 
 def summary(manifest: Manifest) -> list[tuple[str, str]]:
@@ -183,7 +198,8 @@ class Encoder:
         return self._batches(tokens, self.model.text_embeddings)
 
     def _batches(self, rows: torch.Tensor, encode: Any) -> np.ndarray:
-        size, found = self.config.batch_rows, [np.zeros((0, self.model.dim), np.float16)]
+        size = self.config.batch_rows or ENCODE_ROWS[self.device.type]
+        found = [np.zeros((0, self.model.dim), np.float16)]
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"),

@@ -77,11 +77,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return result
     if (strange := storage.names(output)) and "config.yaml" not in strange:
         raise UserError(f"{output}: this folder already holds {strange[0]}; choose an empty or new output")
+    resolved = config.model_copy(update={"embeddings": manifest.uri, "output": output})
     measured = read_measured(config)
     relevance = measured.gallery.relevance()
     metrics = measure(measured.images, measured.texts, relevance)
     result = {"metrics": metrics, "positives": POSITIVES, "gallery": counts(measured, config.split)}
-    storage.write_atomic(storage.join(output, "config.yaml"), dump(config).encode())
+    storage.write_atomic(storage.join(output, "config.yaml"), dump(resolved).encode())
     _write_report(config, output, measured, relevance, result)
     result["stamp"] = stamp.to_json()
     storage.write_atomic(path, json.dumps(result, indent=1).encode())

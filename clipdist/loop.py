@@ -25,8 +25,9 @@ from clipdist.stages import StageConfig
 from clipdist.towers import ModelConfig, Towers, load
 from clipdist.vocab import VocabularyConfig
 
-ENCODE_ROWS = 128
-"""Rows per forward pass where no gradient is needed."""
+ENCODE_ROWS = {"cpu": 32, "cuda": 256}
+"""Rows per forward pass where no gradient is needed. Larger ones cost CPUs a third: their activations are too large
+for the allocator to keep, so every pass faults its pages in anew."""
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -195,7 +196,7 @@ def _run_epoch(
         local_batches = loader.epoch(_shares(run, index, epoch), seed=config.seed, epoch=epoch, decode=features is None)
         for number, local in enumerate(local_batches):
             rates = stages.learning_rates(stage, epoch * per_epoch + number, stage.epochs * per_epoch)
-            batch = _device_batch(run, local, features)
+            batch = device_batch(run, local, features)
             loss, norm = step.optimise(model, run.towers, optimizer, batch, rates, config.gradient_clip)
             seen += local.global_rows
             seconds = time.perf_counter() - started
@@ -224,7 +225,7 @@ def _shares(run: Run, index: int, epoch: int) -> list[tuple[batches.Indices, int
     return shares
 
 
-def _device_batch(run: Run, local: LocalBatch, features: TowerOutputs | None) -> step.Batch:
+def device_batch(run: Run, local: LocalBatch, features: TowerOutputs | None) -> step.Batch:
     device, rows = run.device, len(local.rows)
     groups = run.train.table.column("group")
     keys = [
@@ -287,13 +288,14 @@ class TowerOutputs:
 def _encode_inputs(run: Run, pairs: Pairs, rows: batches.Indices, name: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Pixels and tokens of ENCODE_ROWS pairs at a time; a rank without rows still takes part with nothing."""
     loader = Loader(pairs, run.towers.preprocess, threads=run.config.workers.decode_threads)
-    shares = [(rows[start : start + ENCODE_ROWS], 0) for start in range(0, len(rows), ENCODE_ROWS)]
+    size = ENCODE_ROWS[run.device.type]
+    shares = [(rows[start : start + size], 0) for start in range(0, len(rows), size)]
     try:
         for local in loader.epoch(shares, seed=0, epoch=0, decode=True):
             assert local.pixels is not None
             texts = [text for row in local.rows for text in pairs.captions(int(row))]
             tokens = run.towers.tokenise(texts).to(run.device)
-            yield torch.from_numpy(local.pixels).to(run.device), list(tokens.split(ENCODE_ROWS))
+            yield torch.from_numpy(local.pixels).to(run.device), list(tokens.split(size))
             run.report({"event": "encoded", "split": name, "pairs": len(local.rows), "of": len(rows)})
     finally:
         loader.close()

@@ -6,9 +6,11 @@ What can be judged without the picture is judged here; such rows are planned wit
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import string
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from clipdist.sources import Row, Source, require_columns
 
 TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 HASH_PARTITIONS = 64
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""A split is a folder of the pairs."""
 
 
 class ColumnsConfig(Section):
@@ -46,6 +50,9 @@ class ColumnsConfig(Section):
                 raise ValueError(f'type of "{name}": expected {", ".join(TYPES)}, got "{kind}"')
             if name in RESERVED:
                 raise ValueError(f'"{name}" is a name that clipdist fills itself; rename the column')
+        names = [_name_and_type(item)[0] for item in keep]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)}: named twice; keep one")
         return keep
 
 
@@ -70,10 +77,12 @@ def check_columns(source: Source, columns: ColumnsConfig, captions: tuple[str, .
     """UserError naming every column that is asked for and not there, and every broken template."""
     if source.kind == "webdataset":
         return  # the JSON members of a tar may hold any field
-    wanted: dict[str, list[str]] = {f"columns.{name}": [] for name in ("id", "group", "split")}
+    wanted: dict[str, Sequence[str]] = {}
+    if source.kind in ("csv", "jsonl", "parquet"):
+        wanted["source.image_column"] = [source.config.image_column]
     for name in ("id", "group", "split"):
         if (column := getattr(columns, name)) is not None:
-            wanted[f"columns.{name}"].append(column)
+            wanted[f"columns.{name}"] = [column]
     wanted["columns.keep"] = [_name_and_type(item)[0] for item in columns.keep]
     for index, template in enumerate(captions):
         wanted[f"captions.{index}"] = template_columns(template)
@@ -115,11 +124,17 @@ def captions_of(row: Row, templates: Iterable[str]) -> list[str]:
         if isinstance(value, list) and template == f"{{{names[0]}}}":
             texts = [_text(item) for item in value]
         elif any(_text(row.get(name)) for name in names):
-            texts = [string.Formatter().vformat(template, (), {name: _text(row.get(name)) for name in names})]
+            texts = [_filled(template, row)]
         else:
             texts = []
         found |= dict.fromkeys(" ".join(text.split()) for text in texts if text.strip())
     return list(found)
+
+
+def _filled(template: str, row: Row) -> str:
+    """Not str.format, which takes the dot of a column `name.en` for an attribute."""
+    parts = string.Formatter().parse(template)
+    return "".join(text + ("" if name is None else _text(row.get(name))) for text, name, _, _ in parts)
 
 
 def split_of(key: str, config: SplitConfig) -> str:
@@ -210,7 +225,12 @@ def _planned(
         reason, message = "empty_caption", f"nothing to fill {' or '.join(templates)} with"
     group = _text(row.get(columns.group)) or None if columns.group else None
     given = _text(row.get(columns.split)) if columns.split else ""
-    planned = {"id": row_id, "image_uri": row.get("image_uri"), "captions": captions, "group": group}
+    uri = row.get("image_uri") or ""
+    if reason is None and uri != _utf8(uri):
+        reason, message = "malformed_row", f"the picture's path is not UTF-8: {_utf8(uri)}"
+    if reason is None and given and not SPLIT_NAME.fullmatch(given):
+        reason, message = "bad_split", f'"{given}" is no name of a split: letters, digits, "_", "-" and "." are'
+    planned = {"id": row_id, "image_uri": _utf8(uri) or None, "captions": captions, "group": group}
     planned |= {
         "split": given or split_of(group or row_id or "", split),
         "reason": reason,
@@ -220,8 +240,7 @@ def _planned(
 
 
 def _row_id(row: Row, columns: ColumnsConfig) -> str | None:
-    value = row.get(columns.id) if columns.id is not None else row.get("id", row.get("image_uri"))
-    return _text(value) or None
+    return _text(row.get(columns.id or "image_uri")) or None
 
 
 def _typed(value: Any, kind: str) -> Any:
@@ -230,15 +249,32 @@ def _typed(value: Any, kind: str) -> Any:
     try:
         if kind == "bool":
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-        return {"string": str, "int": int, "float": float}[kind](text) if text else None
+        readers: dict[str, Callable[[str], Any]] = {"string": str, "int": _whole, "float": float}
+        return readers[kind](text) if text else None
     except ValueError:
         return None
 
 
+def _whole(text: str) -> int:
+    """`2012`, and `2012.0`, as tables with missing numbers write it."""
+    number = int(text) if text.removeprefix("-").isdecimal() else float(text)
+    if number != number // 1 or not -(2**63) <= number < 2**63:
+        raise ValueError(text)
+    return int(number)
+
+
 def _text(value: Any) -> str:
+    """The value as text: "" for null and NaN, lists joined by commas."""
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value)
-    return "" if value is None else str(value).strip()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return _utf8(str(value)).strip()
+
+
+def _utf8(text: str) -> str:
+    """Half an emoji, as texts cut to a length hold it, becomes "?"; tables could not store it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _name_and_type(item: str) -> tuple[str, str]:

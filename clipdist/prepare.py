@@ -72,7 +72,7 @@ def run(config: PrepareConfig) -> Manifest:
     ledger = begin(output, _stamp(config, source, templates), lambda: (_plan(config, source, templates), {}))
     if storage.names(storage.join(output, "manifests")):
         return read_manifest(output)
-    runtime.save_config(output, dump(config))
+    runtime.save_config(output, dump(config.model_copy(update={"output": output, "source": source.absolute_config()})))
 
     def pipeline(units: ray.data.Dataset) -> ray.data.Dataset:
         return units.map(partial(prepare_unit, ledger=ledger, config=config), num_cpus=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from clipdist import images, storage, towers
 from clipdist.config import UserError, differences
 from clipdist.images import BadImage
+from clipdist.ledger import read_manifest
 from clipdist.pictures import read_picture
 from clipdist.search import Index
 from clipdist.towers import ModelConfig, Towers
@@ -57,8 +57,8 @@ class Searcher:
     ) -> None:
         """`model`: only when it is no longer where it was; UserError when its weights or preprocessing differ."""
         self.uri, self.allow_private_hosts = embeddings, allow_private_hosts
-        manifest_stamp = Index.open(embeddings, _any_table(embeddings)).stamp
-        record = manifest_stamp.recorded
+        stamp = read_manifest(storage.absolute(embeddings), "embeddings").stamp
+        record = stamp.recorded
         config = ModelConfig(
             name=model or record["model"],
             pretrained=None if model else record["pretrained"],
@@ -68,7 +68,7 @@ class Searcher:
         self.towers: Towers = towers.load(config).to(self.device).requires_grad_(False)
         ours = {"weights_sha256": towers.weights_sha256(config, self.towers), "dim": self.towers.dim}
         ours |= {"decode": images.DECODE_ID, **self.towers.identity()}
-        found = differences(ours, {name: manifest_stamp.identity[name] for name in ours})
+        found = differences(ours, {name: stamp.identity[name] for name in ours})
         if found:
             lines = [f"  {name}: {there} in the embeddings, {now} in the model" for name, now, there in found]
             raise UserError("\n".join([f"{embeddings}: made by another model than {config.name}:", *lines]))
@@ -132,10 +132,3 @@ def _hit(row: dict[str, Any], score: float) -> Hit:
     own = ("id", "caption", "image_uri")
     columns = {name: value for name, value in row.items() if name not in own and value is not None}
     return Hit(row["id"], row["caption"], float(score), row["image_uri"], columns)
-
-
-def _any_table(uri: str) -> str:
-    from clipdist.ledger import read_manifest
-
-    tables: Sequence[str] = list(read_manifest(storage.absolute(uri), "embeddings").planned)
-    return tables[0] if tables else "images"

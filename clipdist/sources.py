@@ -6,11 +6,15 @@ a path or URL, `FILE.tar#bytes=OFFSET+SIZE`, or `FILE.parquet#row=GROUP:ROW:COLU
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
+import hashlib
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -60,8 +64,21 @@ class Source:
     columns: tuple[str, ...]
 
     def fingerprint(self) -> dict[str, Any]:
-        shown = {path: storage.fingerprint(path) for path in self.files[:1000]}
-        return {"path": storage.absolute(self.config.path), "files": len(self.files), "content": shown}
+        """The names of all files, the content of the first thousand and of the captions beside them."""
+        files = list(self.files[:1000])
+        files += [_sidecar(path) for path in files] if self.kind == "folder" else []
+        with ThreadPoolExecutor(16) as pool:
+            found = pool.map(lambda path: storage.fingerprint(path) if storage.exists(path) else None, files)
+            content = {path: mark for path, mark in zip(files, found, strict=True) if mark is not None}
+        names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        path = storage.absolute(self.config.path)
+        return {"path": path, "files": len(self.files), "names": names, "content": content}
+
+    def absolute_config(self) -> SourceConfig:
+        """The config with its local paths made absolute, so that it can be run from anywhere."""
+        root = self.config.image_root
+        places = {"path": storage.absolute(self.config.path), "image_root": root and storage.absolute(root)}
+        return self.config.model_copy(update=places)
 
     def rows(self) -> Iterator[Row]:
         """All rows, in a fixed order. A row that cannot be parsed comes as {"malformed": message}."""
@@ -70,11 +87,13 @@ class Source:
             yield from _folder_rows(self)
             return
         for path in self.files:
+            if self.kind in ("csv", "parquet") and path != self.files[0]:
+                _require_same_columns(self, path)
             yield from readers[self.kind](self, path)
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Finds the files and their columns. UserError when there are none or a column is missing."""
+    """Finds the files and their columns. UserError when there are none. Empty CSV files are left out."""
     root = storage.absolute(config.path)
     files = _files(root)
     if not files:
@@ -83,11 +102,9 @@ def open_source(config: SourceConfig) -> Source:
     wanted = [name for name in files if name.lower().endswith(tuple(_extensions(kind)))]
     if not wanted:
         raise UserError(f"source.path: {config.path}: holds no {' or '.join(_extensions(kind))} file")
-    columns = _columns(kind, wanted[0])
-    source = Source(config, kind, tuple(wanted), columns)
-    if kind in ("csv", "jsonl", "parquet"):
-        require_columns(source, {"source.image_column": [config.image_column]})
-    return source
+    if kind == "csv" and len(wanted) > 1:
+        wanted = [name for name in wanted if storage.size(name)] or wanted[:1]
+    return Source(config, kind, tuple(wanted), _columns(kind, wanted[0]))
 
 
 def require_columns(source: Source, wanted: Mapping[str, Sequence[str]]) -> None:
@@ -102,6 +119,13 @@ def require_columns(source: Source, wanted: Mapping[str, Sequence[str]]) -> None
                 problems.append(f'{key}: {source.config.path} has no column "{name}"{hint} (columns: {there})')
     if problems:
         raise UserError(*problems)
+
+
+def _require_same_columns(source: Source, path: str) -> None:
+    """A table whose columns were renamed half-way would give rows without captions or groups."""
+    missing = [name for name in source.columns if name not in _columns(source.kind, path)]
+    if missing:
+        raise UserError(f"source.path: {path} has no column {', '.join(missing)}, as {source.files[0]} has")
 
 
 def _extensions(kind: SourceKind) -> tuple[str, ...]:
@@ -147,18 +171,28 @@ def _columns(kind: SourceKind, path: str) -> tuple[str, ...]:
         with storage.open_read(path) as file:
             if kind == "parquet":
                 return tuple(pq.read_schema(file).names)
+            if kind == "jsonl":
+                return _jsonl_columns(path, file)
             first = file.readline().decode("utf-8-sig")
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise UserError(f"source.path: {path}: cannot be read as {kind}: {error}") from None
-    if kind == "csv":
-        names = next(csv.reader([first], delimiter=_delimiter(path)), [])
-        if not names or len(set(names)) != len(names):
-            raise UserError(f"source.path: {path}: the first line must name the columns, each once; got {names}")
-        return tuple(names)
-    try:
-        return tuple(json.loads(first))
-    except (json.JSONDecodeError, TypeError):
-        raise UserError(f"source.path: {path}: expected one JSON object per line, got {first[:60]!r}") from None
+    names = next(csv.reader([first], delimiter=_delimiter(path)), [])
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"source.path: {path}: the first line must name the columns, each once; got {names}")
+    return tuple(names)
+
+
+def _jsonl_columns(path: str, lines: Iterator[bytes]) -> tuple[str, ...]:
+    """The keys of the first thousand objects, because a key may be missing in some."""
+    first, names = b"", dict[str, None]()
+    for line in itertools.islice(lines, 1000):
+        first = first or line
+        with contextlib.suppress(ValueError):  # such a line becomes a reject
+            value = json.loads(line)
+            names |= dict.fromkeys(value) if isinstance(value, dict) else {}
+    if not names:
+        raise UserError(f"source.path: {path}: expected one JSON object per line, got {first[:60]!r}")
+    return tuple(names)
 
 
 def _delimiter(path: str) -> str:
@@ -173,6 +207,7 @@ def _csv_rows(source: Source, path: str) -> Iterator[Row]:
         return "skip"
 
     names = _columns("csv", path)
+    row: Row = {}
     with storage.open_read(path) as file:
         try:
             reader = pacsv.open_csv(
@@ -189,9 +224,18 @@ def _csv_rows(source: Source, path: str) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     yield row | {"image_uri": _image_uri(source, path, row.get(source.config.image_column))}
         except pa.ArrowInvalid as error:
-            if "Empty CSV" not in str(error):
+            if "Empty CSV" not in str(error):  # a header, and not even a line break
                 raise UserError(f"source.path: {path}: cannot be read as CSV: {error}") from None
+    if row and _in_open_quote(path, [*row.values()][-1]):
+        raise UserError(f'source.path: {path}: a quote (") is never closed in the row that begins {str(row)[:120]}')
     yield from ({"malformed": message} for message in bad)
+
+
+def _in_open_quote(path: str, last_value: str) -> bool:
+    """Whether the file ends inside a quoted value, which Arrow takes for the last value: rows would be lost in it."""
+    size = storage.size(path)
+    end = storage.read_bytes(path, max(size - 64, 0), size).rstrip()
+    return ("\n" in last_value or "\r" in last_value) and not end.endswith(b'"')
 
 
 def _jsonl_rows(source: Source, path: str) -> Iterator[Row]:
@@ -243,47 +287,62 @@ def _folder_rows(source: Source) -> Iterator[Row]:
         if source.kind == "class_folders":
             yield row | {"label": relative.parts[0].replace("_", " ") if len(relative.parts) > 1 else ""}
             continue
-        sidecar = path[: -len(PurePosixPath(path).suffix)] + ".txt"
+        sidecar = _sidecar(path)
         text = storage.read_bytes(sidecar).decode("utf-8", "replace").strip() if storage.exists(sidecar) else ""
         yield row | {"text": text}
+
+
+def _sidecar(path: str) -> str:
+    return path[: path.rindex(".")] + ".txt"
 
 
 def _tar_rows(source: Source, path: str) -> Iterator[Row]:
     """WebDataset: neighbouring members with the same name up to the first dot are one row."""
     row: Row = {}
-    with storage.open_read(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if not member.isfile():
-                continue
-            if row and row["id"] != key:
-                yield row
-                row = {}
-            row = row or {"id": key, "image_uri": None}
-            if f".{extension.lower()}".endswith(PICTURES):
-                row["image_uri"] = f"{path}#bytes={member.offset_data}+{member.size}"
-            elif extension in ("txt", "caption", "cls", "json"):
-                content = tar.extractfile(member)
-                data = content.read().decode("utf-8", "replace").strip() if content else ""
-                row |= _tar_fields(extension, data)
+    with storage.open_read(path) as opened:
+        try:
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, extension = name.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    if not member.isfile():
+                        continue
+                    if row and row["id"] != key:
+                        yield row
+                        row = {}
+                    row = row or {"id": key, "image_uri": None}
+                    _add_member(row, path, tar, member, extension.lower())
+                opened.seek(tar.offset)
+                if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                    raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+        except tarfile.TarError as error:
+            raise UserError(f"source.path: {path}: cannot be read as tar: {error}") from None
     if row:
         yield row
 
 
-def _tar_fields(extension: str, data: str) -> Row:
-    if extension != "json":
-        return {"label" if extension == "cls" else "text": data}
-    try:
-        value = json.loads(data)
-    except json.JSONDecodeError:
-        return {}
-    return (
-        {name: item for name, item in value.items() if name not in ("id", "image_uri")}
-        if isinstance(value, dict)
-        else {}
-    )
+def _add_member(row: Row, path: str, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> None:
+    """`jpg` goes before `mask.png`; several captions become a list; a .json that cannot be read spoils its row."""
+    if f".{extension}".endswith(PICTURES):
+        if row["image_uri"] is None or f".{extension}" in PICTURES:
+            row["image_uri"] = f"{path}#bytes={member.offset_data}+{member.size}"
+        return
+    if extension not in ("txt", "caption", "cls", "json"):
+        return
+    content = tar.extractfile(member)
+    data = content.read().decode("utf-8", "replace").strip() if content else ""
+    fields: Any = {"label" if extension == "cls" else "text": data}
+    if extension == "json":
+        try:
+            fields = json.loads(data)
+        except json.JSONDecodeError as error:
+            fields = {"malformed": f"{path}: {member.name}: not valid JSON: {error}"}
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if name not in row:
+            row[name] = value
+        elif name not in ("id", "image_uri", "malformed") and row[name] != value:
+            row[name] = [*(row[name] if isinstance(row[name], list) else [row[name]]), value]
 
 
 def _image_uri(source: Source, table: str, value: object) -> str | None:
@@ -298,4 +357,6 @@ def _image_uri(source: Source, table: str, value: object) -> str | None:
 
 
 def _relative(path: str, root: str) -> str:
+    """The part of `path` below `root`: a folder, a glob, or the file itself."""
+    root = root.partition("*")[0].rpartition("/")[0] if "*" in root else root
     return path[len(root.rstrip("/")) + 1 :] if path != root else path.rpartition("/")[2]

@@ -126,10 +126,10 @@ def _config(image_size: int, reader: Path) -> dict[str, object]:
 
 def _pixels(model: Towers, pictures: Sequence[bytes]) -> list[Tensor]:
     decoded = [model.preprocess(images.decode(picture)) for picture in pictures]
-    return [torch.from_numpy(np.stack(decoded[start : start + 64])) for start in range(0, len(decoded), 64)]
+    return [torch.from_numpy(np.stack(decoded[start : start + 32])) for start in range(0, len(decoded), 32)]
 
 
-def _parts(texts: list[str], rows: int = 64) -> list[list[str]]:
+def _parts(texts: list[str], rows: int = 32) -> list[list[str]]:
     return [texts[start : start + rows] for start in range(0, len(texts), rows)]
 
 

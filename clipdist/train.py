@@ -45,7 +45,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if storage.exists(storage.join(output, "result.json")):
         return read_result(output)
     with lease.held(output):
-        runtime.save_config(output, dump(config))
+        runtime.save_config(output, dump(resolved))
         events = _train(resolved, manifest)
         result = _finish(resolved, events)
     return result
@@ -73,7 +73,7 @@ def dry_run(config: TrainConfig) -> list[tuple[str, str]]:
     (local,) = loader.epoch([(rows, len(rows))], seed=config.seed, epoch=0, decode=True)
     loader.close()
     optimizer = step.make_optimizer(model, stage.parts(), stage.weight_decay)
-    batch = loop._device_batch(tiny, local, None)
+    batch = loop.device_batch(tiny, local, None)
     started = time.perf_counter()
     loss, norm = step.optimise(
         step.GlobalLoss(model, tiny.loss_name),
