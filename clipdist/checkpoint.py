@@ -73,8 +73,11 @@ def restore_optimizer(path: str, optimizer: torch.optim.Optimizer) -> None:
 
 
 def best(checkpoints: list[tuple[str, Progress]], metric: str) -> tuple[str, Progress]:
-    """The checkpoint with the highest metric; of equal ones the earliest."""
-    return max(checkpoints, key=lambda item: (item[1].metrics.get(metric, float("-inf")), -item[1].step))
+    """The checkpoint with the highest metric; of equal ones the earliest. Where nothing was measured, the last."""
+    measured = [item for item in checkpoints if metric in item[1].metrics]
+    if not measured:
+        return checkpoints[-1]
+    return max(measured, key=lambda item: (item[1].metrics[metric], -item[1].step))
 
 
 def prune(run: str, metric: str) -> None:

@@ -64,7 +64,8 @@ def sigmoid_loss(
     (1/|P_i| + 1/|P_j|) / 2, so that a product shown n times counts as often as n single ones.
     """
     logits = logit_scale * image_rows @ text_columns.T + logit_bias
-    weight = (1 / row_positives[:, None] + 1 / column_positives[None, :]) / 2
+    per_row, per_column = 1 / row_positives.to(logits.dtype), 1 / column_positives.to(logits.dtype)
+    weight = (per_row[:, None] + per_column[None, :]) / 2
     right = torch.where(positive, -F.logsigmoid(logits) * weight, torch.zeros_like(logits))
     wrong = torch.where(positive, torch.zeros_like(logits), -F.logsigmoid(-logits))
     return (right + wrong).sum()

@@ -229,7 +229,7 @@ def _planned(
     if reason is None and uri != _utf8(uri):
         reason, message = "malformed_row", f"the picture's path is not UTF-8: {_utf8(uri)}"
     if reason is None and given and not SPLIT_NAME.fullmatch(given):
-        reason, message = "bad_split", f'"{given}" is no name of a split: letters, digits, "_", "-" and "." are'
+        reason, message = "bad_split", f'"{given}" names no split: use letters, digits, "_", "-" and "."'
     planned = {"id": row_id, "image_uri": _utf8(uri) or None, "captions": captions, "group": group}
     planned |= {
         "split": given or split_of(group or row_id or "", split),

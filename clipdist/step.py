@@ -131,6 +131,7 @@ def optimise(
     optimizer.step()
     with torch.no_grad():
         scale = towers.model.logit_scale
-        scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+        if scale.requires_grad:  # a frozen one stays as it is, to the bit
+            scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
     shares = collectives.gather_rows(loss.detach().reshape(1), [1] * collectives.world_size())
     return float(shares.mean()), norm

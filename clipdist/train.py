@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -152,7 +154,7 @@ def _stamp(config: TrainConfig, manifest: Manifest) -> Stamp:
 
 def _stamp_output(output: str, stamp: Stamp) -> None:
     path = storage.join(output, "stamp.json")
-    strange = [name for name in storage.names(output) if name not in ("config.yaml", "ray")]
+    strange = [name for name in storage.names(output) if name not in ("config.yaml",)]
     if strange and not storage.exists(path):
         raise UserError(f"{output}: this folder already holds {strange[0]}; choose an empty or new output")
     storage.put_if_absent(path, json.dumps(stamp.to_json()).encode())
@@ -177,6 +179,7 @@ class EventBox:
 def _train(config: TrainConfig, manifest: Manifest) -> list[dict[str, Any]]:
     runtime.connect()
     workers, use_gpu = _scale(config)
+    scratch = tempfile.mkdtemp(prefix="clipdist-ray-")  # Ray's own notes; our checkpoints are not reported to it
     box = EventBox.remote()  # type: ignore[attr-defined]
     cpus = 1 if use_gpu else max(1, runtime.cpus() // workers)
     resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
@@ -186,8 +189,7 @@ def _train(config: TrainConfig, manifest: Manifest) -> list[dict[str, Any]]:
         train_loop_config={"config": config, "manifest": manifest, "box": box},
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=config.output,
+            storage_path=scratch,
             failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     )
@@ -202,6 +204,7 @@ def _train(config: TrainConfig, manifest: Manifest) -> list[dict[str, Any]]:
     finally:
         stop.set()
         watcher.join()
+        shutil.rmtree(scratch, ignore_errors=True)
     return history.events
 
 

@@ -62,7 +62,23 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def s3_bucket() -> Iterator[str]:
+    """An S3 on loopback with an empty bucket; its address and keys stand in the environment, where workers look."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ.update(keys | {"AWS_ENDPOINT_URL": f"http://{address}:{port}"})
+    boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket="clipdist")
+    yield "s3://clipdist"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_bucket: str) -> Iterator[None]:
     """Ray on this machine with two cores, for the whole test session."""
     import ray
 

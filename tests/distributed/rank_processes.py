@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-Work = Callable[[int, int], dict[str, Any]]
-"""(rank, world size) -> tensors and plain data."""
+Work = Callable[[int, int, Path], dict[str, Any]]
+"""(rank, world size, a folder that all ranks share) -> tensors and plain data."""
 
 PRELOADED = ["clipdist.step", "clipdist.checkpoint"]
-"""Imported once, in the process that all ranks are forked from: importing costs more than all the cases together."""
+"""Imported once, in the process that all ranks are forked from: importing costs more than all cases together."""
 
 
 def run_ranks(world_size: int, work: Work, folder: Path, timeout_seconds: float = 300) -> list[dict[str, Any]]:
@@ -37,12 +37,12 @@ def run_ranks(world_size: int, work: Work, folder: Path, timeout_seconds: float 
             time.sleep(0.02)
     finally:
         for process in processes:
-            process.kill() if process.is_alive() else None
+            if process.is_alive():
+                process.kill()
             process.join()
-    failed = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
-    if failed:
-        errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
-        raise RuntimeError("\n".join([f"exit codes by rank: {failed}", *errors]))
+    if any(process.exitcode for process in processes):
+        codes = [process.exitcode for process in processes]
+        raise RuntimeError("\n".join([f"exit codes {codes}", *(p.read_text() for p in sorted(folder.glob("*.error")))]))
     return [torch.load(folder / f"{rank}.result") for rank in ranks]
 
 
@@ -52,9 +52,9 @@ def _one_rank(rank: int, world_size: int, work: Work, folder: Path) -> None:
     store, limit = f"file://{(folder / 'store').absolute()}", timedelta(seconds=120)
     try:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
-        torch.save(work(rank, world_size), folder / f"{rank}.result")
+        torch.save(work(rank, world_size, folder), folder / f"{rank}.result")
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        os._exit(1)
+        os._exit(1)  # at once: the other ranks wait for this one, and so would its own threads

@@ -1,0 +1,31 @@
+"""What only a GPU can show; skipped with a reason elsewhere."""
+
+import pytest
+import torch
+
+from clipdist import step, towers
+from clipdist.step import Batch, GlobalLoss
+from clipdist.towers import ModelConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(None, 1e-3), (torch.bfloat16, 5e-2)])
+def test_loss_and_gradient_of_one_step_are_the_cpus(
+    tiny_clip: str, autocast: torch.dtype | None, tolerance: float
+) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = towers.load(ModelConfig(name=tiny_clip)).to(device)
+        step.set_learning(model, ("projections", "logit_scale", "image_tower", "text_tower"))
+        pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        tokens = model.tokenise([f"a thing of kind {number}" for number in range(8)])
+        keys = torch.arange(1, 17).reshape(8, 2)
+        batch = Batch(pixels.to(device), tokens.to(device), keys.to(device), rows=8, global_rows=8)
+        loss = GlobalLoss(model, "contrastive", autocast if device == "cuda" else None)(batch)
+        loss.backward()
+        found[device] = (loss.item(), model.model.visual.proj.grad.cpu())
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=tolerance)
+    difference = (found["cuda"][1] - found["cpu"][1]).norm() / found["cpu"][1].norm()
+    assert difference < tolerance

@@ -1,0 +1,331 @@
+"""Storage on a disk and on S3: all or nothing, one winner, no stale answers, also when processes are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
+
+import clipdist
+from clipdist import storage
+
+ROOT = Path(clipdist.__file__).parents[1]
+
+
+def other_client(path: str) -> Any:
+    """What another process would be: a client without this one's caches."""
+    fs, inner = storage.filesystem(path)
+    return type(fs)(skip_instance_cache=True), inner
+
+
+def test_what_is_written_is_read(place: str) -> None:
+    path = storage.join(place, "a", "한글 #1 %20?+&.bin")
+    assert not storage.exists(path)
+    for data in (b"", b"0123456789", b"other"):
+        storage.write_atomic(path, data)
+        assert storage.read_bytes(path) == data
+        assert storage.size(path) == len(data)
+        with storage.open_read(path) as file:
+            assert file.read() == data
+    assert storage.read_bytes(path, 1, 3) == b"th"
+    assert storage.read_bytes(path, 2, 2) == b""
+    assert storage.exists(path)
+    assert storage.names(storage.join(place, "a")) == ["한글 #1 %20?+&.bin"]
+    storage.remove(path)
+    storage.remove(path)
+    assert not storage.exists(path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(path)
+    with pytest.raises(FileNotFoundError):
+        storage.size(path)
+
+
+def test_listings(place: str) -> None:
+    assert storage.names(place) == []
+    for name in ("b", "a/2", "a/10", "c.txt"):
+        storage.write_atomic(storage.join(place, name), name.encode())
+    assert storage.names(place) == ["a", "b", "c.txt"]
+    assert storage.names(storage.join(place, "nothing")) == []
+    assert storage.is_directory(place)
+    assert not storage.is_directory(storage.join(place, "b"))
+    found = list(storage.walk_files(place))
+    assert found == [(storage.join(place, name), len(name)) for name in ("b", "c.txt", "a/10", "a/2")]
+    storage.remove_tree(place)
+    assert storage.names(place) == []
+    storage.remove_tree(place)
+
+
+def test_nothing_is_remembered_that_another_process_may_change(place: str) -> None:
+    storage.write_atomic(storage.join(place, "one"), b"1")
+    storage.names(place)
+    fs, inner = other_client(storage.join(place, "two"))
+    fs.pipe_file(inner, b"22")
+    fs.pipe_file(storage.filesystem(storage.join(place, "one"))[1], b"changed")
+    assert storage.exists(storage.join(place, "two"))
+    assert storage.size(storage.join(place, "one")) == 7
+    assert storage.read_bytes(storage.join(place, "one")) == b"changed"
+    assert storage.names(place) == ["one", "two"]
+    assert [size for _, size in storage.walk_files(place)] == [7, 2]
+    fs.rm_file(inner)
+    assert not storage.exists(storage.join(place, "two"))
+
+
+def test_a_folder_made_in_the_s3_console_is_empty(bucket: str) -> None:
+    fs, inner = storage.filesystem(f"{bucket}/made/")
+    name, _, key = inner.partition("/")
+    fs.call_s3("put_object", Bucket=name, Key=f"{key}/", Body=b"")
+    assert storage.names(f"{bucket}/made") == []
+    assert list(storage.walk_files(f"{bucket}/made")) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("s3://bucket/prefix/", "s3://bucket/prefix"),
+        ("/a/../b", "/b"),
+        ("file:///a/b", "/a/b"),
+        ("x", os.path.abspath("x")),
+        ("~/x", os.path.expanduser("~/x")),
+    ],
+)
+def test_absolute(given: str, expected: str) -> None:
+    assert storage.absolute(given) == expected
+
+
+def test_local_names_are_taken_as_they_are(tmp_path: Path) -> None:
+    for name in ("a::b", "a#b", "a%20b", "a?b", "[a]", "a*b", "~a", " a "):
+        path = storage.join(str(tmp_path), name)
+        storage.write_atomic(path, b"x")
+        assert storage.read_bytes(path) == b"x"
+        assert (tmp_path / name).exists()
+
+
+def test_a_fingerprint_changes_with_the_content(place: str) -> None:
+    path, seen = storage.join(place, "file"), set()
+    edge = 8
+    for data in (b"", b"a", b"b", b"a" * 8, b"a" * 9, b"b" + b"a" * 20, b"a" * 20 + b"b", b"a" * 21, b"a" * 22):
+        storage.write_atomic(path, data)
+        found = storage.fingerprint(path, edge)
+        assert found == storage.fingerprint(path, edge)
+        assert found not in seen
+        seen.add(found)
+
+
+# --- killed in the middle --------------------------------------------------------------------------------------------
+
+WRITE_FOREVER = """
+import sys
+from clipdist import storage
+data = [bytes([n]) * (8 << 20) for n in (1, 2)]
+print("ready", flush=True)
+while True:
+    for one in data:
+        storage.write_atomic(sys.argv[1], one)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
+    path, half_written = tmp_path / "shard", 0
+    for delay in (0.004, 0.011, 0.017, 0.023, 0.031):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITE_FOREVER, str(path)], cwd=ROOT, stdout=subprocess.PIPE
+        ) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            deadline = time.monotonic() + 20
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(delay)
+            writer.send_signal(signal.SIGKILL)
+        data = path.read_bytes()
+        assert len(data) == 8 << 20
+        assert len(set(data[:: 1 << 12])) == 1
+        assert storage.names(str(tmp_path)) == ["shard"]
+        half_written += len(list(tmp_path.glob(".shard.*")))
+        if half_written:
+            return
+    pytest.fail("no kill hit a write; choose other delays")
+
+
+def test_an_interrupted_upload_is_not_visible(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large object is sent in parts; here the process ends before the last call."""
+    fs, _ = storage.filesystem(bucket)
+    real, pipe_file, sent = fs._call_s3, fs.pipe_file, []
+
+    async def stops(method: str, *args: Any, **kwargs: Any) -> Any:
+        sent.append(method)
+        if method == "complete_multipart_upload":
+            raise OSError("the network is gone")
+        return await real(method, *args, **kwargs)
+
+    monkeypatch.setattr(fs, "_call_s3", stops)
+    monkeypatch.setattr(fs, "pipe_file", lambda path, data: pipe_file(path, data, chunksize=5 << 20))
+    with pytest.raises(OSError, match="the network is gone"):
+        storage.write_atomic(f"{bucket}/large", bytes(11 << 20))
+    assert sent.count("upload_part") == 3
+    assert storage.names(bucket) == []
+
+
+# --- put_if_absent ---------------------------------------------------------------------------------------------------
+
+RACE = """
+import os, sys, time
+from clipdist import storage
+readers, start = [], time.time() + 0.2
+for number in range(8):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        while time.time() < start:
+            pass
+        won = [storage.put_if_absent(f"{sys.argv[1]}{unit}", b"%d" % number) for unit in range(20)]
+        os.write(write, b"".join(b"1" if one else b"0" for one in won))
+        os._exit(0)
+    os.close(write)
+    readers.append(read)
+for read in readers:
+    print(os.read(read, 100).decode())
+"""
+
+
+def test_one_of_eight_processes_wins_on_a_disk(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACE, str(tmp_path / "out" / "unit-")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    won = done.stdout.split()
+    assert len(won) == 8
+    for unit, marks in enumerate(zip(*won, strict=True)):
+        assert marks.count("1") == 1
+        assert (tmp_path / "out" / f"unit-{unit}").read_text() == str(marks.index("1"))
+    assert len(list((tmp_path / "out").iterdir())) == 20, "temporary files were left"
+
+
+def in_eight_threads(work: Callable[[int], bool]) -> list[bool]:
+    start, won = threading.Barrier(8), [False] * 8
+
+    def one(number: int) -> None:
+        start.wait()
+        won[number] = work(number)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won
+
+
+def test_one_of_eight_wins_on_s3(bucket: str) -> None:
+    for unit in range(3):
+        path = f"{bucket}/out/unit-{unit}"
+        won = in_eight_threads(lambda number: storage.put_if_absent(path, b"%d" % number))  # noqa: B023
+        assert won.count(True) == 1
+        assert storage.read_bytes(path) == b"%d" % won.index(True)
+
+
+def test_looking_before_writing_is_not_enough(bucket: str) -> None:
+    """The control of the test above: it notices a put_if_absent that is not atomic."""
+    path, looked = f"{bucket}/out/unit", threading.Barrier(8)
+
+    def look_then_write(number: int) -> bool:
+        free = not storage.exists(path)
+        looked.wait()
+        if free:
+            storage.write_atomic(path, b"%d" % number)
+        return free
+
+    assert in_eight_threads(look_then_write).count(True) > 1
+
+
+def test_only_the_first_content_stays(place: str) -> None:
+    path = storage.join(place, "commits", "000000.json")
+    assert storage.put_if_absent(path, b"first")
+    assert not storage.put_if_absent(path, b"second")
+    assert storage.read_bytes(path) == b"first"
+    assert storage.put_if_absent(path, b"first"), "the reply to an earlier try may have been lost"
+    assert storage.names(storage.join(place, "commits")) == ["000000.json"]
+
+
+def test_a_lost_reply_is_no_loss(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PUT arrives, its reply does not, and the client tries again: the second answer is "it is there"."""
+    fs, _ = storage.filesystem(bucket)
+    real = fs._call_s3
+
+    async def twice(method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "put_object":
+            await real(method, *args, **kwargs)
+        return await real(method, *args, **kwargs)
+
+    monkeypatch.setattr(fs, "_call_s3", twice)
+    assert storage.put_if_absent(f"{bucket}/unit", b"mine")
+    assert not storage.put_if_absent(f"{bucket}/unit", b"theirs")
+
+
+@pytest.mark.parametrize(
+    ("code", "condition", "tries", "outcome"),
+    [
+        ("PreconditionFailed", "If-None-Match", 1, "lost"),  # AWS
+        ("PreconditionFailed", None, 1, "lost"),  # other stores name no condition
+        ("ConditionalRequestConflict", None, 4, "raised"),
+        ("ServiceUnavailable", None, 1, "raised"),
+    ],
+)
+def test_what_stores_answer(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, code: str, condition: str | None, tries: int, outcome: str
+) -> None:
+    path, calls = f"{bucket}/unit", []
+    storage.write_atomic(path, b"theirs")
+    fs, _ = storage.filesystem(path)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        details = {"Code": code, "Message": "no"} | ({"Condition": condition} if condition else {})
+        raise translate_boto_error(ClientError({"Error": details}, "PutObject"))
+
+    monkeypatch.setattr(fs, "pipe_file", refuse)
+    monkeypatch.setattr(storage, "CONFLICT_WAITS_SECONDS", (0.0, 0.0, 0.0))
+    if outcome == "raised":
+        with pytest.raises(OSError, match="no"):
+            storage.put_if_absent(path, b"mine")
+    else:
+        assert not storage.put_if_absent(path, b"mine")
+    assert len(calls) == tries
+
+
+def test_a_conflict_that_ends_is_tried_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs, _ = storage.filesystem(bucket)
+    real, calls = fs.pipe_file, []
+
+    def conflicts_once(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            details = {"Code": "ConditionalRequestConflict", "Message": "two at once"}
+            raise translate_boto_error(ClientError({"Error": details}, "PutObject"))
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(fs, "pipe_file", conflicts_once)
+    monkeypatch.setattr(storage, "CONFLICT_WAITS_SECONDS", (0.0,))
+    assert storage.put_if_absent(f"{bucket}/unit", b"mine")
+    assert len(calls) == 2
+
+
+def test_what_is_removed_before_it_can_be_read_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "running.json")
+    storage.write_atomic(path, b"theirs")
+    real = os.link
+
+    def link_then_removed(source: str, target: str) -> None:
+        try:
+            real(source, target)
+        except FileExistsError:
+            os.unlink(target)
+            raise
+
+    monkeypatch.setattr(os, "link", link_then_removed)
+    assert not storage.put_if_absent(path, b"mine")
