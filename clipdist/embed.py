@@ -25,7 +25,7 @@ from clipdist import images, planning, runtime, storage, towers
 from clipdist.config import Section, UserError, dump
 from clipdist.images import BadImage
 from clipdist.ledger import File, Ledger, Manifest, begin, read_manifest
-from clipdist.loop import ENCODE_ROWS
+from clipdist.loop import ENCODE_ROWS, keep_freed_memory
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.schema import Stamp, embeddings_schema, recorded
@@ -163,6 +163,7 @@ class Encoder:
     def __init__(self, config: EmbedConfig, ledger: Ledger | None, threads: int) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
+            keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = towers.load(config.model).to(self.device).requires_grad_(False)
         self.config, self.ledger = config, ledger

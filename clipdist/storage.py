@@ -22,12 +22,13 @@ CONFLICT_WAITS_SECONDS = (0.1, 0.5, 2.0)
 
 def filesystem(path: str) -> tuple[Filesystem, str]:
     """The client and the path as the client wants it."""
-    if "://" not in path:  # not through url_to_fs, to which "::" in a file name means another thing
-        fs = LocalFileSystem()
-        return fs, fs._strip_protocol(path)
-    # Without the cache of listings: other processes write here too.
-    fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
-    return fs, inner
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(path)
+    # As fsspec's url_to_fs does, to which "::" in a name would mean another thing. Without the cache of listings: other
+    # processes write here too.
+    kind = fsspec.get_filesystem_class(scheme)
+    return kind(use_listings_cache=False, **kind._get_kwargs_from_urls(path)), kind._strip_protocol(path)
 
 
 def is_local(path: str) -> bool:

@@ -1,6 +1,7 @@
 """The ledger: every planned row once, whoever is killed, runs twice, or comes too late."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from clipdist.ledger import File, Ledger, Manifest, begin, read_manifest
 from clipdist.schema import Stamp, recorded
 
 ROOT = Path(__file__).parents[2]
+Tables = dict[tuple[str, str | None], tuple[bytes, File]]
 STAMP = Stamp("pairs", {"source": {"path": "/in"}, "rows": 4})
 UNITS = 2
 ROWS_PER_UNIT = 4
@@ -60,9 +62,9 @@ def ids_of(manifest: Manifest) -> tuple[list[str], list[str]]:
     """(ids written, ids rejected), sorted."""
     data = [storage.read_bytes(manifest.path(file)) for file in manifest.files]
     data += [storage.read_bytes(storage.join(manifest.uri, path)) for path in manifest.reject_files]
-    tables = [pq.read_table(io.BytesIO(one)).column("id").to_pylist() for one in data]
+    ids = [pq.read_table(io.BytesIO(one)).column("id").to_pylist() for one in data]
     files = len(manifest.files)
-    return sorted(sum(tables[:files], [])), sorted(sum(tables[files:], []))
+    return sorted(itertools.chain(*ids[:files])), sorted(itertools.chain(*ids[files:]))
 
 
 ALL_WRITTEN = ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
@@ -186,7 +188,7 @@ def test_many_attempts_and_publishers_at_once(place: str) -> None:
 
 def test_a_table_per_split(tmp_path: Path) -> None:
     book = begin(str(tmp_path), STAMP, lambda: (iter([pa.table({"id": ["a", "b", "c"]})]), {}))
-    tables = {("pairs", "train"): shard(["a", "b"], "train"), ("pairs", "test"): shard(["c"], "test")}
+    tables: Tables = {("pairs", "train"): shard(["a", "b"], "train"), ("pairs", "test"): shard(["c"], "test")}
     book.commit(0, tables, {"pairs": 3}, [])
     manifest = book.publish()
     assert [(file.split, file.rows) for file in manifest.select("pairs")] == [("train", 2), ("test", 1)]
@@ -214,7 +216,7 @@ def test_no_manifest_when_rows_were_dropped_or_doubled(tmp_path: Path, written: 
 
 def test_a_drop_in_one_table_is_not_made_up_by_another(tmp_path: Path) -> None:
     book = begin(str(tmp_path), STAMP, lambda: (iter([pa.table({"id": list("abcd")})]), {}))
-    tables = {("pairs", None): shard(list("abc"))}
+    tables: Tables = {("pairs", None): shard(list("abc"))}
     book.commit(0, tables, {"pairs": 4, "texts": 0}, [reject("d", table="texts")])
     with pytest.raises(RuntimeError, match="planned"):
         book.publish()
@@ -276,6 +278,25 @@ def test_units_with_rejects_can_be_tried_again(place: str) -> None:
     assert ids_of(book.publish()) == (sorted(ALL_WRITTEN + ALL_REJECTED), [])
 
 
+def test_a_job_killed_while_it_forgets_names_no_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = begin(str(tmp_path), STAMP, plan)
+    commit(book, 0)
+    commit(book, 1)
+    real, removed = storage.remove, []
+
+    def remove_one(path: str) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        real(path)
+
+    monkeypatch.setattr(storage, "remove", remove_one)
+    with pytest.raises(KeyboardInterrupt):
+        book.forget_rejecting_units()
+    monkeypatch.undo()
+    assert ids_of(run_job(str(tmp_path))) == (ALL_WRITTEN, ALL_REJECTED)
+
+
 def test_an_empty_input_gives_an_empty_table(tmp_path: Path) -> None:
     book = begin(str(tmp_path), STAMP, lambda: (iter([]), {}))
     assert (book.units, book.committed()) == ((), set())
@@ -295,15 +316,17 @@ def run_killed_at(uri: str, step: int) -> None:
         if left[0] < 0:
             os._exit(9)
 
-    for name in ("fsync", "replace", "link", "unlink"):
-
-        def counted(*args: Any, real: Callable[..., Any] = getattr(os, name), **kwargs: Any) -> Any:
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
             tick()
-            result = real(*args, **kwargs)
+            result = real(*args)
             tick()
             return result
 
-        setattr(os, name, counted)
+        return call
+
+    for name in ("fsync", "replace", "link", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
     run_job(uri)
     os._exit(0)
 

@@ -28,7 +28,8 @@ Halves = NDArray[np.float16]
 
 def some_vectors(rows: int, dim: int, seed: int = 0) -> Halves:
     vectors = np.random.default_rng(seed).normal(size=(rows, dim))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    halves: Halves = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    return halves
 
 
 def image_table(vectors: Halves, first: int = 0) -> pa.Table:
@@ -51,7 +52,7 @@ def write_embeddings(uri: str, parts: Sequence[Halves], dim: int) -> Shards:
     book = begin(uri, Stamp("embeddings", {"dim": dim}), lambda: (iter(plan), {}))
     first = 0
     for unit, part in enumerate(parts):
-        tables = {("images", None): encode_shard(image_table(part, first), "images")}
+        tables: dict[tuple[str, str | None], Any] = {("images", None): encode_shard(image_table(part, first), "images")}
         book.commit(unit, tables, {"images": len(part)}, [])
         first += len(part)
     return Shards(book.publish(), "images")
