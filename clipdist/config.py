@@ -275,8 +275,7 @@ def _unknown_key(kind: type[Section], key: Key) -> str:
     section = _section_at(kind, key)
     names = list(section.model_fields) if section else []
     close = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.6)
-    hint = f'; did you mean "{close[0]}"?' if close else ""
-    return f"unknown key{hint} (known here: {', '.join(names)})"
+    return f'unknown key; did you mean "{close[0]}"?' if close else f"unknown key (known here: {', '.join(names)})"
 
 
 def _field_meaning(kind: type[Section], key: Key) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from clipdist import batches, checkpoint, collectives, stages, step
@@ -22,7 +22,7 @@ from clipdist.batches import Loader, LocalBatch, Pairs, key_hash
 from clipdist.checkpoint import Progress
 from clipdist.config import Section, UserError
 from clipdist.ledger import Manifest
-from clipdist.retrieval import Gallery, measure, normal_caption
+from clipdist.retrieval import DIRECTIONS, HIGHER_IS_BETTER, Gallery, measure, normal_caption
 from clipdist.stages import StageConfig
 from clipdist.towers import ModelConfig, Towers, load
 from clipdist.vocab import VocabularyConfig
@@ -45,7 +45,15 @@ class ValidationConfig(Section):
     max_rows: int = Field(10_000, ge=1)
     """At most this many of its pairs, evenly drawn."""
     best: str = "text_to_image/hit_rate@10"
-    """The metric that chooses the best checkpoint."""
+    """The metric that chooses the best checkpoint: DIRECTION/METRIC."""
+
+    @field_validator("best")
+    @classmethod
+    def _known(cls, best: str) -> str:
+        names = [f"{direction}/{name}" for direction in DIRECTIONS for name in HIGHER_IS_BETTER]
+        if best not in names:
+            raise ValueError(f'expected one of {", ".join(names)}; got "{best}"')
+        return best
 
 
 class WorkersConfig(Section):
@@ -78,7 +86,7 @@ class TrainConfig(Section):
     """auto: sigmoid for models with a logit_bias (SigLIP), else contrastive."""
     gradient_clip: float = Field(1.0, gt=0)
     """The gradient's L2 norm is cut to this."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Orders the pairs and chooses captions."""
     reuse_frozen_features: bool = True
     """Compute tower outputs once in stages where only the projections learn."""

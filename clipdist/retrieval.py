@@ -13,6 +13,10 @@ from clipdist.metrics import Relevance, positive_ranks, summary
 
 POSITIVES = "a hit is any row of the same group (product) or with the same caption"
 
+DIRECTIONS = ("text_to_image", "image_to_text")
+HIGHER_IS_BETTER = ("hit_rate@1", "hit_rate@5", "hit_rate@10", "recall@10", "mrr@10", "ndcg@10", "map@10")
+"""Metrics that may choose a checkpoint."""
+
 
 def normal_caption(caption: str) -> str:
     """Captions that differ only in form are the same: NFKC, case folded, spaces collapsed."""

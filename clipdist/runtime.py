@@ -25,8 +25,6 @@ def connect() -> None:
     """Joins the cluster of RAY_ADDRESS (set by `ray job submit`) or a running one, or starts Ray on this machine."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of a change to come
-        if "RAY_ADDRESS" not in os.environ:
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side prints over the progress bar
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)

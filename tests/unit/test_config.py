@@ -97,7 +97,7 @@ pace: 2
         "race.yaml:8: laps.1.metres: expected greater than or equal to 1, got 0",
         "race.yaml:8: laps.1.lenght: unknown key",
         "race.yaml:10: pause.name: expected a valid string, got 7",
-        'race.yaml:4: outptu: unknown key; did you mean "output"? (known here: output, pace,',
+        'race.yaml:4: outptu: unknown key; did you mean "output"?',
     ]
     assert len(found) == len(expected), found
     for start in expected:

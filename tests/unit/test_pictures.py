@@ -141,11 +141,15 @@ def test_private_hosts_are_refused() -> None:
     ],
 )  # fmt: skip
 def test_a_row_cannot_reach_around_the_safe_client(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    def never(path: str) -> Any:
-        raise AssertionError(f"{path} was opened")
+    opened = []
 
-    monkeypatch.setattr(storage, "filesystem", never)
+    def note(path: str) -> Any:
+        opened.append(path)
+        raise OSError("opened")
+
+    monkeypatch.setattr(storage, "filesystem", note)
     assert bad(uri).reason == "unreadable"
+    assert opened == []
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,26 @@ def in_eight_threads(work: Callable[[int], bool]) -> list[bool]:
     return won
 
 
+def test_one_of_eight_wins_on_a_disk_when_all_are_at_the_last_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks first and writes then has nothing more to look at here."""
+    together, path = threading.Barrier(8), str(tmp_path / "unit")
+
+    def after_all(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*names: str) -> None:
+            together.wait(20)
+            real(*names)
+
+        return call
+
+    for name in ("link", "rename", "replace"):
+        monkeypatch.setattr(os, name, after_all(getattr(os, name)))
+    won = in_eight_threads(lambda number: storage.put_if_absent(path, b"%d" % number))
+    assert won.count(True) == 1
+    assert storage.read_bytes(path) == b"%d" % won.index(True)
+
+
 def test_one_of_eight_wins_on_s3(bucket: str) -> None:
     for unit in range(3):
         path = f"{bucket}/out/unit-{unit}"
