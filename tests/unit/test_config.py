@@ -235,7 +235,7 @@ def some_configs(text: str, seed: int) -> list[Section]:
             vocabulary=VocabularyConfig(terms=(text, "b")),
             stages=(stage, stage),
             gradient_clip=rate,
-            validation=ValidationConfig(best=text),
+            validation=ValidationConfig(best="image_to_text/mrr@10"),
         ),
         TrainConfig(pairs=text, output=text, model=model),
         EmbedConfig(model=model, output=text, pairs=text, splits=(text, text), max_rejected_fraction=share),
