@@ -116,7 +116,7 @@ class Tally:
         lines += ["  for example:"] + [f"    {example}" for example in self.ledger.reject_examples(3)]
         forgotten = self.ledger.forget_rejecting_units()
         lines.append(
-            f"  Mend the input and run the same command again ({forgotten} units with rejects will be tried anew),"
+            f"  Mend the input and run the same command again (units with rejects are tried anew: {forgotten}),"
         )
         lines.append("  or raise max_rejected_fraction.")
         return "\n".join(lines)
