@@ -44,11 +44,6 @@ class Pairs:
     def image(self, row: int) -> bytes:
         return bytes(self.table.column("image")[row].as_py())
 
-    def group_keys(self) -> Indices:
-        """One hash per row; 0 where a row has no group. int64 [rows]."""
-        groups = self.table.column("group").to_pylist()
-        return np.array([key_hash("group", group) if group else 0 for group in groups], np.int64)
-
 
 def read_pairs(manifest: Manifest, split: str, max_rows: int | None = None) -> Pairs:
     """The pairs of a split in memory. With `max_rows`, an even sample of them."""

@@ -40,7 +40,7 @@ EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     try:
         code: int = options.run(options)
         return code
@@ -59,10 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         mistake = _mistake_behind(error)
-        if mistake is None:
+        if mistake is None and not _is_about_storage(error):
             raise
-        print(f"clipdist {options.command}: {mistake}", file=sys.stderr)
+        print(f"clipdist {options.command}: {mistake or f'{type(error).__name__}: {error}'}", file=sys.stderr)
         return 2
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments; `key=value` may also stand behind options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if wrong := [word for word in rest if "=" not in word or word.startswith("-") or options.command not in JOBS]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _is_about_storage(error: Exception) -> bool:
+    """A path that cannot be read or written, missing credentials: the message says enough."""
+    return isinstance(error, OSError) or type(error).__module__.startswith(("botocore", "aiobotocore"))
 
 
 def _mistake_behind(error: BaseException | None) -> UserError | None:

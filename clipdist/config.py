@@ -37,7 +37,7 @@ class UserError(Exception):
 class Section(BaseModel):
     """A frozen part of a config. Attribute docstrings are the meanings that `--explain` prints."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -56,7 +56,7 @@ def run(folder: str) -> int:
     with _timed(times, f"prepare {rows:,} pairs"):
         prepare.run(_config(PrepareConfig, home, _PREPARE))
     with _timed(times, "make the starter model"):
-        if not (home / "starter").exists():
+        if not (home / "starter" / "clipdist.json").exists():
             starter.make_from_pairs(str(home / "pairs"), str(home / "starter"), IMAGE_SIZE)
     with _timed(times, "embed and evaluate before training"):
         before = _measure(home, "before", home / "starter")

@@ -91,6 +91,8 @@ class EmbedConfig(Section):
 
     @model_validator(mode="after")
     def _one_input(self) -> EmbedConfig:
+        if len(set(self.towers)) != len(self.towers):
+            raise ValueError("towers: name each tower once")
         if (self.pairs is None) == (self.catalog is None):
             raise ValueError("give either pairs or catalog" + ("" if self.pairs is None else ", not both"))
         return self
@@ -160,19 +162,19 @@ def summary(manifest: Manifest) -> list[tuple[str, str]]:
 class Encoder:
     """A Ray Data actor: the model is loaded once, then units of pixels and texts become float16 unit vectors."""
 
-    def __init__(self, config: EmbedConfig, ledger: Ledger | None, threads: int) -> None:
+    def __init__(self, config: EmbedConfig, threads: int) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
             keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = towers.load(config.model).to(self.device).requires_grad_(False)
-        self.config, self.ledger = config, ledger
+        self.config = config
 
     @staticmethod
     def of(config: EmbedConfig, model: Towers) -> Encoder:
         """An encoder around a model that is loaded already."""
         encoder = Encoder.__new__(Encoder)
-        encoder.device, encoder.model, encoder.config, encoder.ledger = (
+        encoder.device, encoder.model, encoder.config = torch.device("cpu"), model, config
             torch.device("cpu"),
             model,
             config,
@@ -311,7 +313,7 @@ def _load_rows(
                 max_image_bytes=config.max_image_bytes,
                 allow_private_hosts=config.allow_private_hosts,
             )
-            return preprocess(images.decode(data, max_pixels=config.max_pixels))
+            return preprocess(images.decode(data, max_image_bytes=config.max_image_bytes, max_pixels=config.max_pixels))
         except BadImage as error:
             return error
 
@@ -331,7 +333,7 @@ def _pipeline(units: ray.data.Dataset, ledger: Ledger, config: EmbedConfig, prep
     )
     encoded = loaded.map(
         Encoder,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"config": config, "ledger": None, "threads": threads},
+        fn_constructor_kwargs={"config": config, "threads": threads},
         compute=ray.data.ActorPoolStrategy(size=encoders, max_tasks_in_flight_per_actor=2),
         num_cpus=cores,
         num_gpus=1 if gpus else 0,
@@ -396,6 +398,7 @@ def _stamp(config: EmbedConfig, model: Towers, resolved: ModelConfig) -> Stamp:
         "towers": list(config.towers),
         "decode": images.DECODE_ID,
         **model.identity(),
+        "limits": {name: getattr(config, name) for name in ("max_image_bytes", "max_pixels", "allow_private_hosts")},
         "unit_rows": config.unit_rows,
         "input": made_from,
     }

@@ -31,6 +31,7 @@ from clipdist.schema import Stamp, recorded
 from clipdist.shards import Shards
 
 SHOWN = ("hit_rate@1", "hit_rate@5", "hit_rate@10", "recall@10", "mrr@10", "median_rank", "top1_accuracy")
+OUTPUTS = ("config.yaml", "heatmap.png", "examples.png", "report.html")
 
 
 class EvaluateConfig(Section):
@@ -75,7 +76,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(storage.read_bytes(path))
         refuse_other_stamp(output, stamp, Stamp.from_json(result["stamp"]))
         return result
-    if (strange := storage.names(output)) and "config.yaml" not in strange:
+    if strange := [name for name in storage.names(output) if name not in OUTPUTS]:
         raise UserError(f"{output}: this folder already holds {strange[0]}; choose an empty or new output")
     resolved = config.model_copy(update={"embeddings": manifest.uri, "output": output})
     measured = read_measured(config)

@@ -45,6 +45,8 @@ def run(config: SearchConfig) -> None:
     """Prints the hits of every query. UserError for a query that cannot be read, before any is answered."""
     if not config.texts and not config.images:
         raise UserError("give a query: --text TEXT or --image FILE_OR_URL")
+    if config.texts and config.find == "texts":
+        raise UserError("texts find images; --for texts is for picture queries")
     pictures = {name: open_picture(name, allow_private_hosts=config.allow_private_hosts) for name in config.images}
     searcher = Searcher(config.embeddings, config.model, allow_private_hosts=config.allow_private_hosts)
     answers: list[tuple[str, Sequence[Hit]]] = []

@@ -9,6 +9,7 @@ from clipdist import storage
 from clipdist.config import UserError
 from clipdist.ledger import Manifest, read_manifest
 from clipdist.report import file_size, number, table
+from clipdist.schema import Stamp
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -57,7 +58,9 @@ def _describe_table(uri: str) -> dict[str, Any]:
         manifest = read_manifest(uri)
     except UserError as error:
         plan = _read(uri, "plan.json")
-        return {"kind": plan["stamp"]["kind"], "path": uri, "state": str(error).removeprefix(f"{uri}: ")}
+        if "stamp" not in plan:
+            raise
+        return {"kind": Stamp.from_json(plan["stamp"]).kind, "path": uri, "state": str(error).removeprefix(f"{uri}: ")}
     rows = {name: manifest.written(name) for name in manifest.planned}
     splits: dict[str, int] = {}
     for file in manifest.files:
@@ -90,7 +93,12 @@ def _describe_run(uri: str, names: set[str]) -> dict[str, Any]:
 
 
 def _read(uri: str, name: str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, name)))
+    try:
+        value = json.loads(storage.read_bytes(storage.join(uri, name)))
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{uri}: {name} there is not one of clipdist")
     return value
 
 

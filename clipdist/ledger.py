@@ -184,6 +184,8 @@ def begin(uri: str, stamp: Stamp, plan: Callable[[], tuple[Iterable[pa.Table], d
             raise UserError(f"{uri}: this folder already holds {_some(strange)}; choose an empty or new output")
         units, facts = plan()
         files, rows = _write_plan(uri, units)
+        if not sum(rows):
+            raise UserError(f"{uri}: nothing to do: the input holds no row")
         value = {"stamp": stamp.to_json(), "plan_files": files, "units": rows, "facts": facts}
         storage.put_if_absent(path, json.dumps({**value, "nonce": uuid.uuid4().hex}).encode())
     value = json.loads(storage.read_bytes(path))
@@ -233,6 +235,8 @@ def _why_no_manifest(uri: str) -> str:
     if not storage.exists(path):
         return "not a table of clipdist (no plan.json, no manifests)"
     plan = json.loads(storage.read_bytes(path))
+    if not isinstance(plan, dict) or not {"stamp", "units"} <= plan.keys():
+        return "not a table of clipdist (its plan.json is something else)"
     done = len(storage.names(storage.join(uri, "commits")))
     kind, total = plan["stamp"]["kind"], len(plan["units"])
     return f"these {kind} are not finished ({done} of {total} units): run the job that makes them again"

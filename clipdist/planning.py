@@ -214,9 +214,9 @@ def _planned(
     row: Row, columns: ColumnsConfig, templates: tuple[str, ...], split: SplitConfig, *, duplicate: bool
 ) -> Row:
     row_id, reason, message = _row_id(row, columns), None, None
-    captions = captions_of(row, templates) if "malformed" not in row else []
-    if "malformed" in row:
-        reason, message = "malformed_row", row["malformed"]
+    captions = captions_of(row, templates) if "\0malformed" not in row else []
+    if "\0malformed" in row:
+        reason, message = "malformed_row", row["\0malformed"]
     elif row_id is None:
         reason, message = "empty_id", "the row has no id"
     elif duplicate:

@@ -129,6 +129,7 @@ def _stamp(config: PrepareConfig, source: Source, templates: tuple[str, ...]) ->
         "columns": config.columns.model_dump(mode="json"),
         "split": config.split.model_dump(mode="json"),
         "decode": {"id": images.DECODE_ID, "max_side": config.max_side, "max_pixels": config.max_pixels},
+        "limits": {"max_image_bytes": config.max_image_bytes, "allow_private_hosts": config.allow_private_hosts},
         "unit_rows": config.unit_rows,
     }
     return Stamp("pairs", identity, recorded())
@@ -143,21 +144,23 @@ def _prepare_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     with ThreadPoolExecutor(READERS_PER_TASK) as pool:
         results = list(pool.map(lambda row: _prepare_row(row, config), planned))
-    return [row for row in results if "table" not in row], [row for row in results if "table" in row]
+    return [pair for pair, _ in results if pair is not None], [reject for _, reject in results if reject is not None]
 
 
-def _prepare_row(row: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
-    """The pair, or its reject."""
+def _prepare_row(row: dict[str, Any], config: PrepareConfig) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The pair, or else its reject."""
     uri = row.pop("image_uri")
     reason, message = row.pop("reason"), row.pop("message")
     try:
         if reason is not None:
             raise BadImage(reason, message)
         data = read_picture(uri, max_image_bytes=config.max_image_bytes, allow_private_hosts=config.allow_private_hosts)
-        image, _, _ = images.bound(data, config.max_side, max_pixels=config.max_pixels)
+        limits = {"max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels}
+        image, _, _ = images.bound(data, config.max_side, **limits)
     except BadImage as error:
-        return {"id": row["id"], "table": "pairs", "uri": uri, "reason": error.reason, "message": str(error)}
-    return {**row, "image": image}
+        found = {"id": row["id"], "table": "pairs", "uri": uri, "reason": error.reason, "message": str(error)}
+        return None, found
+    return {**row, "image": image}, None
 
 
 def _encode(table: pa.Table, split: str) -> tuple[bytes, File]:

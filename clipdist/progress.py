@@ -37,12 +37,12 @@ class Progress:
             self._next_line = time.monotonic() + self._interval
             self._line()
 
-    def note(self, line: str) -> None:
-        """A line that stays, above the bar."""
+    def note(self, line: str, **facts: object) -> None:
+        """Something that stays: a line above the bar, or its facts as JSON."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(json.dumps({"job": self.name, **facts}, default=str), file=sys.stderr, flush=True)
 
     def rate(self) -> float:
         """Things per second since this run started."""

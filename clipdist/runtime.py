@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import ray.data
 
-from clipdist import storage
+from clipdist import lease, storage
 from clipdist.config import UserError
 from clipdist.ledger import Ledger, Manifest
 from clipdist.progress import Progress
@@ -55,6 +55,18 @@ def run_units(
     The pipeline gets rows {"unit": number} and gives `unit_report` rows after each commit. Raises UserError, and
     publishes nothing, when more than `max_rejected_fraction` of a table's rows are rejected.
     """
+    with lease.held(ledger.uri):
+        ledger.forget_rejecting_units()  # of an earlier run that was not published: what it rejected may be mended
+        return _run_units(ledger, name, pipeline, max_rejected_fraction, **facts)
+
+
+def _run_units(
+    ledger: Ledger,
+    name: str,
+    pipeline: Callable[[ray.data.Dataset], ray.data.Dataset],
+    max_rejected_fraction: float,
+    **facts: Any,
+) -> Manifest:
     commits = ledger.commits()
     done = {commit["unit"] for commit in commits}
     todo = [unit for unit in range(len(ledger.units)) if unit not in done]
@@ -114,11 +126,10 @@ class Tally:
         ]
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons[table].most_common()]
         lines += ["  for example:"] + [f"    {example}" for example in self.ledger.reject_examples(3)]
-        forgotten = self.ledger.forget_rejecting_units()
         lines.append(
-            f"  Mend the input and run the same command again (units with rejects are tried anew: {forgotten}),"
+            "  Mend the pictures and run the same command again: units with rejects are tried anew. With a changed"
         )
-        lines.append("  or raise max_rejected_fraction.")
+        lines.append("  table choose a new output; or raise max_rejected_fraction.")
         return "\n".join(lines)
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from clipdist.config import UserError
+
 SCHEMA_VERSION = 1
 """Raised by hand whenever a reader of the old layout could not read the new one."""
 
@@ -91,7 +93,10 @@ class Stamp:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Stamp:
-        return Stamp(value["kind"], value["identity"], value.get("recorded", {}), value["schema_version"])
+        try:
+            return Stamp(value["kind"], value["identity"], value.get("recorded", {}), value["schema_version"])
+        except (KeyError, TypeError, AttributeError):
+            raise UserError("the stamp found there is not one of clipdist") from None
 
 
 def recorded(**facts: Any) -> dict[str, Any]:

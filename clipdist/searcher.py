@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clipdist import images, storage, towers
 from clipdist.config import UserError, differences
@@ -65,7 +66,11 @@ class Searcher:
             image_size=None if model else record["image_size"],
         )
         self.device = torch.device(device)
-        self.towers: Towers = towers.load(config).to(self.device).requires_grad_(False)
+        try:
+            self.towers: Towers = towers.load(config).to(self.device).requires_grad_(False)
+        except UserError as error:
+            hint = "" if model else f"\n  {embeddings} was made by this model; if it moved, say where: --model PATH"
+            raise UserError(f"{error}{hint}") from None
         ours = {"weights_sha256": towers.weights_sha256(config, self.towers), "dim": self.towers.dim}
         ours |= {"decode": images.DECODE_ID, **self.towers.identity()}
         found = differences(ours, {name: stamp.identity[name] for name in ours})
@@ -112,7 +117,11 @@ class Searcher:
 def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Image.Image:
     """A query picture, decoded as the catalog's are. UserError with the reason when that fails."""
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        upright, buffer = ImageOps.exif_transpose(picture), io.BytesIO()
+        (upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "HSV", "LAB", "F") else upright).save(
+            buffer, "PNG"
+        )
+        return images.decode(buffer.getvalue())  # transparency and 16 bits as in the catalog
     name = str(picture)
     uri = name if name.startswith(("http://", "https://")) else storage.absolute(name)
     try:

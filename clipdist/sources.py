@@ -71,8 +71,9 @@ class Source:
             found = pool.map(lambda path: storage.fingerprint(path) if storage.exists(path) else None, files)
             content = {path: mark for path, mark in zip(files, found, strict=True) if mark is not None}
         names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        path = storage.absolute(self.config.path)
-        return {"path": path, "files": len(self.files), "names": names, "content": content}
+        shape = {"kind": self.kind, "image_column": self.config.image_column}
+        shape |= {name: self.absolute_config().model_dump()[name] for name in ("path", "image_root")}
+        return {**shape, "files": len(self.files), "names": names, "content": content}
 
     def absolute_config(self) -> SourceConfig:
         """The config with its local paths made absolute, so that it can be run from anywhere."""
@@ -81,7 +82,8 @@ class Source:
         return self.config.model_copy(update=places)
 
     def rows(self) -> Iterator[Row]:
-        """All rows, in a fixed order. A row that cannot be parsed comes as {"malformed": message}."""
+        """All rows, in a fixed order. A row that cannot be parsed comes as {"\\0malformed": message}: no column is called
+        that."""
         readers = {"csv": _csv_rows, "jsonl": _jsonl_rows, "parquet": _parquet_rows, "webdataset": _tar_rows}
         if self.kind in ("folder", "class_folders"):
             yield from _folder_rows(self)
@@ -228,7 +230,7 @@ def _csv_rows(source: Source, path: str) -> Iterator[Row]:
                 raise UserError(f"source.path: {path}: cannot be read as CSV: {error}") from None
     if row and _in_open_quote(path, [*row.values()][-1]):
         raise UserError(f'source.path: {path}: a quote (") is never closed in the row that begins {str(row)[:120]}')
-    yield from ({"malformed": message} for message in bad)
+    yield from ({"\0malformed": message} for message in bad)
 
 
 def _in_open_quote(path: str, last_value: str) -> bool:
@@ -246,10 +248,10 @@ def _jsonl_rows(source: Source, path: str) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield {"malformed": f"{path}:{number}: not valid JSON: {error}"}
+                yield {"\0malformed": f"{path}:{number}: not valid JSON: {error}"}
                 continue
             if not isinstance(row, dict):
-                yield {"malformed": f"{path}:{number}: expected a JSON object, got {line[:60]!r}"}
+                yield {"\0malformed": f"{path}:{number}: expected a JSON object, got {line[:60]!r}"}
                 continue
             yield row | {"image_uri": _image_uri(source, path, row.get(source.config.image_column))}
 
@@ -337,11 +339,11 @@ def _add_member(row: Row, path: str, tar: tarfile.TarFile, member: tarfile.TarIn
         try:
             fields = json.loads(data)
         except json.JSONDecodeError as error:
-            fields = {"malformed": f"{path}: {member.name}: not valid JSON: {error}"}
+            fields = {"\0malformed": f"{path}: {member.name}: not valid JSON: {error}"}
     for name, value in fields.items() if isinstance(fields, dict) else ():
         if name not in row:
             row[name] = value
-        elif name not in ("id", "image_uri", "malformed") and row[name] != value:
+        elif name not in ("id", "image_uri", "\0malformed") and row[name] != value:
             row[name] = [*(row[name] if isinstance(row[name], list) else [row[name]]), value]
 
 

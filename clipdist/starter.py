@@ -40,7 +40,7 @@ def make_from_pairs(pairs: str, output: str, image_size: int) -> list[tuple[str,
     train = batches.read_pairs(manifest, "train", max_rows=MAX_PICTURES)
     model = make([train.image(row) for row in range(len(train))], image_size)
     folder = Path(storage.absolute(output))
-    if folder.exists() and any(folder.iterdir()):
+    if (folder / "clipdist.json").exists():
         raise UserError(f"{output}: this folder already holds something; choose an empty or new one")
     model.save(folder, final_path=str(folder))
     values = sum(parameter.numel() for parameter in model.parameters())

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from clipdist.config import UserError
+
 Filesystem: TypeAlias = Any  # an fsspec.AbstractFileSystem; fsspec has no types
 
 CONFLICT_WAITS_SECONDS = (0.1, 0.5, 2.0)
@@ -27,7 +29,10 @@ def filesystem(path: str) -> tuple[Filesystem, str]:
         return LocalFileSystem(), LocalFileSystem._strip_protocol(path)
     # As fsspec's url_to_fs does, to which "::" in a name would mean another thing. Without the cache of listings: other
     # processes write here too.
-    kind = fsspec.get_filesystem_class(scheme)
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path}: {scheme}:// cannot be read here: {error}") from None
     return kind(use_listings_cache=False, **kind._get_kwargs_from_urls(path)), kind._strip_protocol(path)
 
 

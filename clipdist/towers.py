@@ -173,7 +173,7 @@ class Towers(nn.Module):
     def add_terms(self, terms: Sequence[str]) -> dict[str, int]:
         """Makes each term one token whose row starts as the mean of its sub-word rows. Terms that are one token already
         stay so. Returns the number of pieces that each new token replaces."""
-        pieces = {term: self._pieces(term) for term in terms}
+        pieces = {term: self._pieces(term) for term in terms if term not in self.terms}
         pieces = {term: ids for term, ids in pieces.items() if len(ids) > 1}
         new = list(pieces)
         if not new:
@@ -185,7 +185,7 @@ class Towers(nn.Module):
             inner.set_input_embeddings(grown_embedding(inner.get_input_embeddings(), list(pieces.values())))
             inner.config.vocab_size = self.text.config.vocab_size = inner.get_input_embeddings().num_embeddings
         else:
-            self.tokenizer = BpeTokenizer(self.tokenizer, new)
+            self.tokenizer = BpeTokenizer(self._base_tokenizer(), (*self.terms, *new))
             self.text.token_embedding = grown_embedding(self.text.token_embedding, list(pieces.values()))
             # open_clip pools at the highest id, which was the end of the text and would now be the new token.
             config |= {"pool_type": "eos", "eos_id": self.tokenizer.base.eot_token_id}
@@ -195,9 +195,16 @@ class Towers(nn.Module):
         return {term: len(ids) for term, ids in pieces.items()}
 
     def _pieces(self, term: str) -> list[int]:
-        if hasattr(self.tokenizer, "tokenizer"):
+        if hasattr(self.text, "config"):
             return list(self.tokenizer.tokenizer.encode(term, add_special_tokens=False))
-        return list(self.tokenizer.encode(term))
+        return list(self._base_tokenizer().encode(term))
+
+    def _base_tokenizer(self) -> Any:
+        """CLIP's own BPE tokenizer under the domain terms. UserError for a tokenizer that cannot grow."""
+        base = getattr(self.tokenizer, "base", self.tokenizer)
+        if not all(hasattr(base, name) for name in ("encode", "vocab_size", "eot_token_id")):
+            raise UserError(f"vocabulary: the tokenizer of this model ({type(base).__name__}) cannot take new tokens")
+        return base
 
     def _add_to_hugging_face(self, terms: Sequence[str]) -> None:
         from transformers import AddedToken

@@ -28,6 +28,7 @@ from clipdist.loop import TrainConfig, run_stages
 from clipdist.progress import Progress
 from clipdist.report import duration, percent, table
 from clipdist.schema import Stamp, recorded
+from clipdist.vocab import VocabularyConfig
 
 REPORT_SECONDS = 0.5
 MAX_RESTARTS = 3
@@ -39,11 +40,18 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Trains at `config.output`, or goes on, or finds the run finished. Returns result.json's content."""
     manifest = _checked_pairs(config)
     place = towers.locate(config.model.name)
-    config.vocabulary.all_terms()
-    output = storage.absolute(config.output)
-    resolved = config.model_copy(update={"output": output, "pairs": storage.absolute(config.pairs)})
-    resolved = resolved.model_copy(update={"model": config.model.model_copy(update={"name": place.name})})
-    _stamp_output(output, _stamp(resolved, manifest))
+    output, pretrained = storage.absolute(config.output), config.model.pretrained
+    if pretrained is not None and storage.exists(pretrained):
+        pretrained = storage.absolute(pretrained)
+    resolved = config.model_copy(
+        update={
+            "output": output,
+            "pairs": storage.absolute(config.pairs),
+            "vocabulary": VocabularyConfig(terms=config.vocabulary.all_terms()),
+            "model": config.model.model_copy(update={"name": place.name, "pretrained": pretrained}),
+        }
+    )
+    _stamp_output(output, _stamp(resolved, manifest, place.weights_sha256()))
     if storage.exists(storage.join(output, "result.json")):
         return read_result(output)
     with lease.held(output):
@@ -145,9 +153,10 @@ def _checked_pairs(config: TrainConfig) -> Manifest:
     return manifest
 
 
-def _stamp(config: TrainConfig, manifest: Manifest) -> Stamp:
+def _stamp(config: TrainConfig, manifest: Manifest, weights_sha256: str | None) -> Stamp:
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in HARMLESS}
     pairs = json.dumps(manifest.stamp.identity, sort_keys=True)
+    settings["model"]["weights_sha256"] = weights_sha256
     settings["pairs_sha256"] = hashlib.sha256(pairs.encode()).hexdigest()
     return Stamp("checkpoint", settings, recorded())
 
@@ -201,6 +210,8 @@ def _train(config: TrainConfig, manifest: Manifest) -> list[dict[str, Any]]:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _unwrapped(error) from None
+    except SystemExit:  # how Ray ends a run that was interrupted
+        raise KeyboardInterrupt from None
     finally:
         stop.set()
         watcher.join()
@@ -277,7 +288,8 @@ class History:
                 best = self.config.validation.best
                 bar.note(
                     f"  {event['stage']:<12} epoch {event['epoch']:>3}  step {event['step']:>6}  "
-                    f"{best} {event.get(best, float('nan')):.4f}"
+                    f"{best} {event.get(best, float('nan')):.4f}",
+                    **{name: value for name, value in event.items() if name not in ("event", "time")},
                 )
             elif event["event"] == "encoded":
                 bar.advance(0, computing=f"features of {event['split']}")

@@ -27,17 +27,18 @@ class VocabularyConfig(Section):
     terms: tuple[str, ...] = Field(())
     """The words or phrases."""
     file: str | None = None
-    """A text file with one term per line; # starts a comment."""
+    """A text file with one term per line; `# ` starts a comment."""
 
     def all_terms(self) -> tuple[str, ...]:
         """Terms of both places, normalised, each once. UserError when the file cannot be read."""
-        lines: list[str] = list(self.terms)
+        terms: list[str] = list(self.terms)
         if self.file is not None:
             try:
-                lines += Path(self.file).read_text(encoding="utf-8").splitlines()
-            except OSError as error:
-                raise UserError(f"vocabulary.file: {self.file}: {error.strerror}") from None
-        terms = [" ".join(line.partition("#")[0].casefold().split()) for line in lines]
+                lines = Path(self.file).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"vocabulary.file: {self.file}: cannot be read: {error}") from None
+            terms += [re.sub(r"(^|\s)#.*", "", line) for line in lines]
+        terms = [" ".join(term.casefold().split()) for term in terms]
         return tuple(dict.fromkeys(term for term in terms if term))
 
 
@@ -81,7 +82,9 @@ class BpeTokenizer:
         position = 0
         for match in self._pattern.finditer(text):
             ids += self.pieces(text[position : match.start()])
-            ids.append(self._ids[" ".join(match.group().casefold().split())])
+            new = self._ids.get(" ".join(match.group().casefold().split()))
+            # Ignoring case matches a few letters (Turkish dotless i) that folding case does not map back.
+            ids += [new] if new is not None else self.pieces(match.group())
             position = match.end()
         ids += self.pieces(text[position:])
         start, end = self.base.sot_token_id, self.base.eot_token_id  # type: ignore[attr-defined]

@@ -97,12 +97,6 @@ def test_key_hashes_are_positive_int64_and_know_their_kind() -> None:
     assert key_hash("group", "a") == 6902608911242341216
 
 
-def test_rows_without_a_group_have_no_key() -> None:
-    pairs = Pairs(pa.table({"group": ["a", None, "", "a", "b"]}))
-    found = pairs.group_keys()
-    assert found.tolist() == [key_hash("group", "a"), 0, 0, key_hash("group", "a"), key_hash("group", "b")]
-
-
 def run_epoch(loader: Loader, shares: list[list[int]], epoch: int = 0, decode: bool = True) -> list[LocalBatch]:
     cut = [(np.array(rows, np.int64), 10) for rows in shares]
     return list(loader.epoch(cut, seed=0, epoch=epoch, decode=decode))

@@ -60,8 +60,8 @@ def test_ragged_csv_rows_are_told_and_the_others_stay(tmp_path: Path) -> None:
     found = rows_of(
         write(tmp_path / "t.csv", "id,image,title\n1,a.jpg\n2,b.jpg,fine\n3,c.jpg,too,many\n4,d.jpg,last\n")
     )
-    assert [row["id"] for row in found if "malformed" not in row] == ["2", "4"]
-    assert sorted(row["malformed"] for row in found if "malformed" in row) == [
+    assert [row["id"] for row in found if "\0malformed" not in row] == ["2", "4"]
+    assert sorted(row["\0malformed"] for row in found if "\0malformed" in row) == [
         "expected 3 columns, got 2: '1,a.jpg'",
         "expected 3 columns, got 4: '3,c.jpg,too,many'",
     ]
@@ -73,7 +73,7 @@ def test_a_large_csv_keeps_its_order(tmp_path: Path) -> None:
     lines = [f'{n},p/{n}.jpg,"{text}"' if n % 100 else f"{n},ragged" for n in range(30_000)]
     found = rows_of(write(tmp_path / "t.csv", "id,image,title\n" + "\n".join(lines)))
     assert [int(row["id"]) for row in found if "id" in row] == [n for n in range(30_000) if n % 100]
-    assert sum("malformed" in row for row in found) == 300
+    assert sum("\0malformed" in row for row in found) == 300
 
 
 def test_a_csv_without_rows(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_jsonl(tmp_path: Path) -> None:
     assert [row.get("id") for row in found] == [None, 7, None, "7", None, True]
     assert found[1] == {"id": 7, "image": "a.jpg", "tags": ["x", "y"], "image_uri": f"{tmp_path}/a.jpg"}
     assert found[3]["image_uri"] is None
-    assert [row["malformed"].split(":")[1] for row in found if "malformed" in row] == ["1", "4", "6"]
+    assert [row["\0malformed"].split(":")[1] for row in found if "\0malformed" in row] == ["1", "4", "6"]
 
 
 @pytest.mark.parametrize("text", ["", "[\n", '[{"id": 1}]', "null\n", "7\n"])
@@ -298,8 +298,8 @@ def test_a_mask_is_not_the_picture(tmp_path: Path, order: tuple[str, str]) -> No
 def test_a_json_member_that_cannot_be_read_spoils_its_row_only(tmp_path: Path) -> None:
     members = {"1.jpg": b"x", "1.json": b'{"text": ', "2.jpg": b"y", "2.json": b"[1]", "2.txt": b"fine"}
     found = rows_of(write_tar(tmp_path / "t.tar", members))
-    assert "1.json: not valid JSON" in found[0]["malformed"]
-    assert "malformed" not in found[1]
+    assert "1.json: not valid JSON" in found[0]["\0malformed"]
+    assert "\0malformed" not in found[1]
 
 
 @pytest.mark.parametrize("fault", ["cut in a picture", "cut in a header", "damaged header", "no tar"])
