@@ -175,11 +175,6 @@ class Encoder:
         """An encoder around a model that is loaded already."""
         encoder = Encoder.__new__(Encoder)
         encoder.device, encoder.model, encoder.config = torch.device("cpu"), model, config
-            torch.device("cpu"),
-            model,
-            config,
-            None,
-        )
         return encoder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

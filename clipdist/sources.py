@@ -82,8 +82,8 @@ class Source:
         return self.config.model_copy(update=places)
 
     def rows(self) -> Iterator[Row]:
-        """All rows, in a fixed order. A row that cannot be parsed comes as {"\\0malformed": message}: no column is called
-        that."""
+        """All rows, in a fixed order. One that cannot be parsed comes as {"\\0malformed": message}; no column has
+        that name."""
         readers = {"csv": _csv_rows, "jsonl": _jsonl_rows, "parquet": _parquet_rows, "webdataset": _tar_rows}
         if self.kind in ("folder", "class_folders"):
             yield from _folder_rows(self)
