@@ -126,10 +126,8 @@ class Tally:
         ]
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons[table].most_common()]
         lines += ["  for example:"] + [f"    {example}" for example in self.ledger.reject_examples(3)]
-        lines.append(
-            "  Mend the pictures and run the same command again: units with rejects are tried anew. With a changed"
-        )
-        lines.append("  table choose a new output; or raise max_rejected_fraction.")
+        lines.append("  Mend the pictures and run the same command again (units with rejects are tried anew),")
+        lines.append("  or choose a new output for a changed table, or raise max_rejected_fraction.")
         return "\n".join(lines)
 
 

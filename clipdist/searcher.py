@@ -118,9 +118,8 @@ def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Imag
     """A query picture, decoded as the catalog's are. UserError with the reason when that fails."""
     if isinstance(picture, Image.Image):
         upright, buffer = ImageOps.exif_transpose(picture), io.BytesIO()
-        (upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "HSV", "LAB", "F") else upright).save(
-            buffer, "PNG"
-        )
+        plain = upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "HSV", "LAB", "F") else upright
+        plain.save(buffer, "PNG")
         return images.decode(buffer.getvalue())  # transparency and 16 bits as in the catalog
     name = str(picture)
     uri = name if name.startswith(("http://", "https://")) else storage.absolute(name)

@@ -171,3 +171,33 @@ def test_interrupted_and_killed_jobs_go_on(tmp_path: Path) -> None:
 
     manifest = read_manifest(str(tmp_path / "pairs"), "pairs")
     assert manifest.written("pairs") == manifest.planned["pairs"] == 384
+
+
+def test_options_may_stand_before_settings(tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *rest = settings(tmp_path, shapes)
+    assert main(["prepare", first, "--explain", *rest]) == 0
+    assert str(tmp_path / "pairs") in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", first, "--no-such-option"])
+
+
+def test_places_that_cannot_be_used(tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    messages(capsys, "prepare", *settings(tmp_path, shapes, output=str(tmp_path / "file")))
+    assert "cannot be read here" in messages(capsys, "info", "nosuch://bucket/x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "plan.json").write_text('{"a": 1}')
+    messages(capsys, "info", str(tmp_path / "foreign"))
+    (tmp_path / "empty.csv").write_text("id,image,colour,shape\n")
+    assert "no row" in messages(capsys, "prepare", *settings(tmp_path, tmp_path / "empty.csv"))
+
+
+def test_a_changed_image_root_is_not_ignored(tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", *settings(tmp_path, shapes), "--dry-run"]) == 0
+    from clipdist.sources import SourceConfig, open_source
+
+    marks = [
+        open_source(SourceConfig(path=str(shapes), image_root=root)).fingerprint() for root in (None, str(tmp_path))
+    ]
+    assert marks[0] != marks[1]
+

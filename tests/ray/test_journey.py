@@ -161,6 +161,13 @@ def test_evaluation_counts_equal_captions_as_right(home: Path) -> None:
     assert evaluate.run(settings) == json.loads((home / "metrics" / "metrics.json").read_text())
 
 
+def test_evaluation_does_not_write_into_another_artefact(home: Path) -> None:
+    before = (home / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match="already holds"):
+        evaluate.run(config(EvaluateConfig, embeddings=str(home / "embeddings"), output=str(home / "run")))
+    assert (home / "run" / "config.yaml").read_text() == before
+
+
 def test_rerun_of_finished_jobs_changes_nothing(home: Path, tiny_clip: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
     prepare.run(prepare_config(home / "raw" / "products.csv", home / "pairs"))

@@ -174,3 +174,15 @@ def test_unknown_models_are_refused_with_a_hint(tmp_path: Path) -> None:
         towers.load(ModelConfig(name=str(broken)))
     with pytest.raises(UserError, match="cannot be loaded"):
         towers.load(ModelConfig(name="ViT-B-32", pretrained="no-such-tag"))
+
+
+def test_terms_can_be_added_to_a_model_that_has_some(tiny_clip: str, tmp_path: Path) -> None:
+    model = towers.load(ModelConfig(name=tiny_clip))
+    model.add_terms(["fairisle"])
+    model.save(tmp_path / "one", final_path=str(tmp_path / "one"))
+    again = towers.load(ModelConfig(name=str(tmp_path / "one")))
+    text = ["a fairisle jumper"]
+    old = again.tokenise(text)
+    assert list(again.add_terms(["fairisle", "kurtadupatta"])) == ["kurtadupatta"]
+    assert torch.equal(again.tokenise(text), old)
+    assert 49409 in again.tokenise(["one kurtadupatta"])[0].tolist()

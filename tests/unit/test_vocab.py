@@ -70,3 +70,13 @@ def test_terms_come_from_both_places_each_once(tmp_path: object) -> None:
     assert VocabularyConfig(terms=("jacquard",), file=str(path)).all_terms() == ("jacquard", "fair isle")
     with pytest.raises(UserError, match=r"vocabulary\.file"):
         VocabularyConfig(file="nowhere.txt").all_terms()
+
+
+def test_letters_that_only_match_without_case_stay_ordinary_text() -> None:
+    tokenizer = BpeTokenizer(open_clip.get_tokenizer("ViT-B-32"), ("kimono", "mint"))
+    for text in ("a KİMONO", "mınt leaf"):
+        assert tokenizer([text]).shape == (1, 77)
+
+
+def test_a_number_sign_in_a_term_is_kept() -> None:
+    assert VocabularyConfig(terms=("c#", "#1 dad")).all_terms() == ("c#", "#1 dad")
