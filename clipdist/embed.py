@@ -112,7 +112,7 @@ def run(config: EmbedConfig) -> Manifest:
         }
     )
     stamp = _stamp(config, model, resolved.model)
-    ledger = begin(output, stamp, lambda: (_plan(config), {}))
+    ledger = begin(output, stamp, lambda: (planning.not_empty(_plan(config), config.pairs or "catalog"), {}))
     if storage.names(storage.join(output, "manifests")):
         return read_manifest(output)
     runtime.save_config(output, dump(resolved))

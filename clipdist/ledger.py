@@ -184,8 +184,6 @@ def begin(uri: str, stamp: Stamp, plan: Callable[[], tuple[Iterable[pa.Table], d
             raise UserError(f"{uri}: this folder already holds {_some(strange)}; choose an empty or new output")
         units, facts = plan()
         files, rows = _write_plan(uri, units)
-        if not sum(rows):
-            raise UserError(f"{uri}: nothing to do: the input holds no row")
         value = {"stamp": stamp.to_json(), "plan_files": files, "units": rows, "facts": facts}
         storage.put_if_absent(path, json.dumps({**value, "nonce": uuid.uuid4().hex}).encode())
     value = json.loads(storage.read_bytes(path))

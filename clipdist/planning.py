@@ -170,6 +170,16 @@ def plan_units(
         yield pa.Table.from_pylist(batch, schema)
 
 
+def not_empty(units: Iterable[pa.Table], path: str) -> Iterator[pa.Table]:
+    """The same units. UserError when there is none: an empty table is a mistake, not a result."""
+    rows = 0
+    for unit in units:
+        rows += len(unit)
+        yield unit
+    if not rows:
+        raise UserError(f"{path}: the input holds no row")
+
+
 def plan_schema(columns: ColumnsConfig) -> pa.Schema:
     names = ("id", "image_uri", "captions", "group", "split", "reason", "message")
     own = [pa.field(name, pa.list_(pa.string()) if name == "captions" else pa.string()) for name in names]

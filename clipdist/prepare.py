@@ -69,7 +69,11 @@ def run(config: PrepareConfig) -> Manifest:
     """Makes the pairs at `config.output`, or goes on with them, or finds them finished."""
     source, templates = _open(config)
     output = storage.absolute(config.output)
-    ledger = begin(output, _stamp(config, source, templates), lambda: (_plan(config, source, templates), {}))
+    ledger = begin(
+        output,
+        _stamp(config, source, templates),
+        lambda: (planning.not_empty(_plan(config, source, templates), config.source.path), {}),
+    )
     if storage.names(storage.join(output, "manifests")):
         return read_manifest(output)
     runtime.save_config(output, dump(config.model_copy(update={"output": output, "source": source.absolute_config()})))
