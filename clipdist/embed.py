@@ -34,6 +34,7 @@ from clipdist.sources import SourceConfig, open_source
 from clipdist.towers import ModelConfig, Preprocess, Towers
 
 READERS_PER_TASK = 8
+UNITS_PER_ENCODER = 4
 Tower = Literal["images", "texts"]
 
 
@@ -87,7 +88,7 @@ class EmbedConfig(Section):
     allow_private_hosts: bool = False
     """Whether http(s) pictures may come from addresses inside your network."""
     encoders: int | None = Field(None, ge=1)
-    """Encoding actors; null: one per GPU of the cluster, or one per CPU core (at most 8)."""
+    """Encoding actors; null: one per GPU of the cluster; on CPUs one per core, at most 8, fewer for a small input."""
 
     @model_validator(mode="after")
     def _one_input(self) -> EmbedConfig:
@@ -319,12 +320,13 @@ def _load_rows(
 def _pipeline(units: ray.data.Dataset, ledger: Ledger, config: EmbedConfig, preprocess: Preprocess) -> ray.data.Dataset:
     """On GPUs an actor owns one; on CPUs actors ask for half of their cores, so that loading finds a slot."""
     cpus, gpus = runtime.cpus(), runtime.gpus()
-    encoders = config.encoders or (gpus if gpus else min(cpus, 8))
+    few = max(1, len(ledger.units) // UNITS_PER_ENCODER)  # each actor loads the model: not worth it for a small input
+    encoders = config.encoders or (gpus if gpus else min(cpus, 8, few))
     threads = max(1, cpus // encoders)
     cores = 1.0 if gpus else 0.5 * min(threads, cpus / encoders)
     loaded = units.map(
         partial(load_unit, ledger=ledger, config=config, preprocess=preprocess),
-        num_cpus=1 if gpus else 0.25,
+        num_cpus=1 if gpus else 0.5,
     )
     encoded = loaded.map(
         Encoder,  # type: ignore[arg-type]
@@ -333,7 +335,7 @@ def _pipeline(units: ray.data.Dataset, ledger: Ledger, config: EmbedConfig, prep
         num_cpus=cores,
         num_gpus=1 if gpus else 0,
     )
-    return encoded.map(partial(write_unit, ledger=ledger, config=config), num_cpus=0.25)
+    return encoded.map(partial(write_unit, ledger=ledger, config=config), num_cpus=0.5)
 
 
 def _plan(config: EmbedConfig, rows: int | None = None) -> Iterable[pa.Table]:
