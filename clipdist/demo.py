@@ -126,8 +126,8 @@ _PREPARE: dict[str, Any] = {
 
 def _train_settings() -> dict[str, Any]:
     frozen = {"name": "projections", "learns": ["projections", "logit_scale"], "epochs": 5, "learning_rate": 5e-4}
-    full = {"name": "all", "learns": ["all"], "epochs": 2, "learning_rate": 3e-4}
-    full["learning_rates"] = {"text_tower": 5e-5}
+    full = {"name": "all", "learns": ["all"], "epochs": 1, "learning_rate": 1e-4}
+    full["learning_rates"] = {"text_tower": 2e-5}
     return {
         "pairs": "pairs",
         "output": "run",
