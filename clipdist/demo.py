@@ -172,7 +172,7 @@ def _report(home: Path, before: dict[str, Any], after: dict[str, Any], times: di
     searchers = {name: Searcher(str(home / name)) for name in ("before", "after")}
     sections = []
     for query in SEARCHES:
-        found = {name: searcher.find_image_from_text(query, 7) for name, searcher in searchers.items()}
+        found = {name: searcher.find_image_from_text(query, 6) for name, searcher in searchers.items()}
         sections.append(Section(query, {name: _tiles(hits) for name, hits in found.items()}))
         print(f"    {query}: {', '.join((hit.description or '') for hit in found['after'][:5])}")
     _curve(home)
