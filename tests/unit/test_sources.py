@@ -147,18 +147,18 @@ def test_what_is_no_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ("a.jpg", "/root/a.jpg"),
+        ("a.jpg", "/shop/a.jpg"),
         ("/x/a.jpg", "/x/a.jpg"),
         ("file:///x/a.jpg", "/x/a.jpg"),
         ("https://host/a b.jpg?c#d", "https://host/a b.jpg?c#d"),
         ("s3://bucket/a.jpg", "s3://bucket/a.jpg"),
-        ("한글 #1.jpg", "/root/한글 #1.jpg"),
+        ("한글 #1.jpg", "/shop/한글 #1.jpg"),
         ("  ", None),
     ],
 )
 def test_where_a_picture_is(tmp_path: Path, given: str, found: str | None) -> None:
     path = write(tmp_path / "t.jsonl", json.dumps({"image": given}))
-    assert rows_of(path, image_root="/root")[0]["image_uri"] == found
+    assert rows_of(path, image_root="/shop")[0]["image_uri"] == found
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
