@@ -15,7 +15,9 @@ from tests.test_layers import ORDER
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines() if re.match(r"clipdist \w+ ", line)]
+COMMANDS = [
+    line for kind, block in BLOCKS if not kind for line in block.splitlines() if re.match(r"clipdist \w+ ", line)
+]
 
 
 def check(command: str) -> None:

@@ -200,4 +200,3 @@ def test_a_changed_image_root_is_not_ignored(tmp_path: Path, shapes: Path, capsy
         open_source(SourceConfig(path=str(shapes), image_root=root)).fingerprint() for root in (None, str(tmp_path))
     ]
     assert marks[0] != marks[1]
-
