@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -41,6 +42,37 @@ def cpus() -> int:
 
 def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Training workers and what each of them gets."""
+
+    workers: int
+    use_gpu: bool
+    cores: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": self.cores} | ({"GPU": 1} if self.use_gpu else {})
+
+    @property
+    def decoders(self) -> int:
+        """Decoding processes per worker: beside a GPU all cores but one; on CPUs one, as decoding shares the cores."""
+        return max(1, self.cores - 1) if self.use_gpu else 1
+
+
+def scale(workers: int, use_gpu: bool) -> Scale:
+    """As many cores per worker as fit, each worker on one node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def places(cores: int) -> int:
+        return sum(
+            int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if use_gpu else float("inf"))) for node in nodes
+        )
+
+    most = max(int(node.get("CPU", 0)) for node in nodes)
+    return Scale(workers, use_gpu, next((cores for cores in range(most, 1, -1) if places(cores) >= workers), 1))
 
 
 def run_units(

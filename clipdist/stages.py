@@ -1,16 +1,20 @@
-"""What is trained at step s: the stages of a run, their parts of the model, lengths and learning rates."""
+"""What is trained at step s: the stages of a run, their parts of the model, sizes, lengths and learning rates."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from clipdist.augment import AugmentConfig
 from clipdist.config import Section
 
-Part = Literal["projections", "logit_scale", "image_tower", "text_tower"]
-PARTS: tuple[Part, ...] = ("projections", "logit_scale", "image_tower", "text_tower")
+Part = Literal["projections", "logit_scale", "new_tokens", "image_tower", "text_tower"]
+PARTS: tuple[Part, ...] = ("projections", "logit_scale", "new_tokens", "image_tower", "text_tower")
+
+LAST_BLOCKS = re.compile(r"last_([1-9]\d*)_(image|text)_blocks")
 
 
 class StageConfig(Section):
@@ -18,32 +22,72 @@ class StageConfig(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     """Names the checkpoints and curves of the stage."""
-    learns: tuple[Literal["projections", "logit_scale", "image_tower", "text_tower", "all"], ...] = Field(min_length=1)
-    """projections, logit_scale (with logit_bias), image_tower, text_tower, or all. What is not named stays as it is, to
-    the bit."""
-    epochs: int = Field(ge=1)
-    """Passes over the training pairs."""
+    learns: tuple[str, ...] = Field(min_length=1)
+    """projections, logit_scale (with logit_bias), new_tokens, image_tower, text_tower (with its new tokens),
+    last_4_image_blocks, last_4_text_blocks (any number), or all. What is not named stays as it is, to the bit."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the training pairs; or say `steps`."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps, instead of epochs."""
     learning_rate: float = Field(gt=0)
     """The highest rate, reached after the warm-up, of every part without a rate of its own."""
     learning_rates: dict[Part, float] = Field({})
     """Rates of single parts, such as {text_tower: 1e-5}."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each block of a tower learns at this share of the rate of the block above it; 1: all at the same rate."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's decay of matrices; biases, norms and logit_scale never decay."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the stage's steps in which the rate rises."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: down to zero along a cosine, or constant."""
+    global_batch_size: int | None = Field(None, ge=2)
+    """Pairs per optimizer step in this stage; null: the run's."""
+    image_size: int | None = Field(None, ge=16)
+    """Pixels per side in this stage; null: the model's own. Position embeddings are resized at the switch."""
+    text_length: int | None = Field(None, ge=3)
+    """Tokens per text in this stage; null: the model's own, which is the longest."""
+    augment: AugmentConfig = AugmentConfig()
+    """Changes to the pictures that leave the product recognisable; off by default."""
+    dropout: bool = False
+    """Whether the model's own dropout, drop-path and patch dropout are on."""
+    distillation: float = Field(0.0, ge=0)
+    """Weight of the pull towards the starting model's embeddings, which keeps general skill; 0: none."""
+
+    def level_learns(self, part: Part, level: int) -> bool:
+        """Whether a parameter learns: its part, and its level (1 = the tower's last block, 0 = after it)."""
+        if "all" in self.learns or part in self.learns:
+            return True
+        if part == "new_tokens":
+            return "text_tower" in self.learns
+        return level <= self._last_blocks(part)
+
+    def tower_learns(self, tower: Literal["image", "text"]) -> bool:
+        """Whether anything below the projection of this tower learns, so that its outputs change."""
+        part: Part = "image_tower" if tower == "image" else "text_tower"
+        whole = {"all", part} | ({"new_tokens"} if tower == "text" else set())
+        return bool(whole & set(self.learns)) or self._last_blocks(part) > 0
 
     def parts(self) -> tuple[Part, ...]:
-        """What learns, in a fixed order."""
-        return tuple(part for part in PARTS if part in self.learns or "all" in self.learns)
+        """The parts of which at least something learns, in a fixed order."""
+        return tuple(part for part in PARTS if self.level_learns(part, 0))
 
-    def frozen_towers(self) -> bool:
-        """Whether nothing below the projections learns, so that tower outputs can be computed once and reused."""
-        return not {"image_tower", "text_tower"} & set(self.parts())
+    def _last_blocks(self, part: Part) -> int:
+        found = [LAST_BLOCKS.fullmatch(name) for name in self.learns]
+        return max((int(match[1]) for match in found if match and part == f"{match[2]}_tower"), default=-1)
+
+    @field_validator("learns")
+    @classmethod
+    def _known(cls, learns: tuple[str, ...]) -> tuple[str, ...]:
+        for name in learns:
+            if name != "all" and name not in PARTS and not LAST_BLOCKS.fullmatch(name):
+                raise ValueError(f'expected {", ".join(PARTS)}, all, or such as last_4_image_blocks; got "{name}"')
+        return learns
 
     @model_validator(mode="after")
-    def _rates_fit(self) -> StageConfig:
+    def _fits(self) -> StageConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"stage {self.name}: give either epochs or steps")
         for part, rate in self.learning_rates.items():
             if part not in self.parts():
                 raise ValueError(f"learning_rates names {part}, which does not learn in stage {self.name}")
@@ -60,8 +104,15 @@ DEFAULT_STAGES = (
 
 
 def steps_per_epoch(rows: int, global_batch_size: int) -> int:
-    """The last, smaller batch counts: every pair is seen once per epoch."""
-    return math.ceil(rows / global_batch_size)
+    """The last, smaller batch counts, so every pair is seen once per epoch. A single pair that is left over joins the
+    batch before: alone it would have no contrast."""
+    whole, rest = divmod(rows, global_batch_size)
+    return max(1, whole + (rest > 1))
+
+
+def total_steps(stage: StageConfig, per_epoch: int) -> int:
+    """Optimizer steps of a stage."""
+    return stage.steps if stage.steps is not None else (stage.epochs or 0) * per_epoch
 
 
 def rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
@@ -75,6 +126,6 @@ def rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
 
 
 def learning_rates(stage: StageConfig, step: int, steps: int) -> dict[Part, float]:
-    """The rate of every learning part at `step`."""
+    """The rate of every learning part at `step`; blocks below the top take `layer_decay` of it per block."""
     factor = rate_factor(step, steps, stage.warmup, stage.schedule)
     return {part: factor * stage.learning_rates.get(part, stage.learning_rate) for part in stage.parts()}

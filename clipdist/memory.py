@@ -1,0 +1,63 @@
+"""How much memory there is, how much is in use, and how many rows fit through the towers at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARE_FOR_ACTIVATIONS = 0.6
+"""Of what is free; the rest is for gathered columns, pictures to come and fragmentation."""
+
+
+def used_bytes(device: torch.device) -> int:
+    """The most that this process has held: on a GPU of the device's memory, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_bytes(device: torch.device, sharers: int) -> int:
+    """What is free for this process, when `sharers` processes of this machine share it (each GPU has one)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    with open("/proc/meminfo") as file:
+        facts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    free = facts["MemAvailable"]
+    for limit, used in (("memory.max", "memory.current"),):  # a container may have less than its machine
+        try:
+            with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
+                free = min(free, int(most.read()) - int(now.read()))
+        except (OSError, ValueError):
+            continue
+    return max(free, 0) // sharers
+
+
+def saved_bytes(forward: Callable[[], Any]) -> int:
+    """What autograd keeps of a forward pass for the backward pass, parameters aside; the same on every device."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not tensor.is_leaf or not tensor.requires_grad:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(seen.values())
+
+
+def rows_that_fit(forward: Callable[[int], Any], optimizer_bytes: int, free: int) -> int:
+    """Rows whose activations fit into the free memory, once gradients and optimizer state have taken their part.
+
+    `forward(n)` runs n rows. UserError is left to the caller: 0 means that not even one row fits.
+    """
+    per_row = max(saved_bytes(lambda: forward(4)) - saved_bytes(lambda: forward(2)), 2) // 2
+    return max(int((free - optimizer_bytes) * SHARE_FOR_ACTIVATIONS), 0) // per_row
