@@ -16,6 +16,7 @@ LIGHT = [
     "lease",
     "topk",
     "metrics",
+    "ranks",
     "retrieval",
     "shards",
     "search",
