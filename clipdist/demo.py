@@ -27,8 +27,9 @@ from clipdist.embed import EmbedConfig
 from clipdist.evaluate import EvaluateConfig
 from clipdist.gallery import Section, Tile, gallery
 from clipdist.loop import TrainConfig
+from clipdist.plots import curves
 from clipdist.prepare import PrepareConfig
-from clipdist.report import curves, duration, percent, table
+from clipdist.report import duration, percent, table
 from clipdist.searcher import Hit, Searcher
 
 PIXELS, IMAGE_SIZE = 160, 128

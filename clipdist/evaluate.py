@@ -25,7 +25,8 @@ from clipdist.images import BadImage
 from clipdist.ledger import read_manifest, refuse_other_stamp
 from clipdist.metrics import Relevance
 from clipdist.pictures import read_picture
-from clipdist.report import heatmap, number, percent, table
+from clipdist.plots import heatmap
+from clipdist.report import number, percent, table
 from clipdist.retrieval import POSITIVES, Gallery, measure
 from clipdist.schema import Stamp, recorded
 from clipdist.shards import Shards

@@ -15,7 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipdist.report import FAINT, INK, NO_FONT, Rows, alignment, cells, characters, fonts, one_line
+from clipdist.plots import FAINT, INK, NO_FONT, characters, fonts
+from clipdist.report import Rows, alignment, cells, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,7 +91,7 @@ def contact_sheet(rows: Sequence[tuple[str | Tile, Sequence[Tile]]], path: Path,
     """Draw queries and what they found as a PNG: a row per query, at its left the query (text or picture).
 
     Right pictures have a thick green frame and a tick, wrong ones a thin reddish frame; score and caption are
-    underneath. Text is in the fonts of the machine: see `report.fonts`.
+    underneath. Text is in the fonts of the machine: see `plots.fonts`.
     """
     from PIL import Image, ImageDraw
 

@@ -1,33 +1,24 @@
 """Retrieval metrics from the ranks of the relevant rows, several of which may belong to a query.
 
-`positive_ranks` walks the gallery once per group of queries; every metric is then a function of the ranks.
-Queries without a positive have no rank: they are left out of every mean and counted by `summary`.
+A metric is a number per query, float64 [queries], which depends on nothing but the ranks of that query's positives;
+`mean_of` averages. Queries without a positive have no rank: their metrics are NaN, they are left out of every mean and
+counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdist.topk import (
-    PreparedQueries,
-    bounded_scores,
-    check_rows,
-    exact_pair_scores,
-    exact_scores,
-    prepare_queries,
-    round_down,
-)
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_QUERIES_AT_ONCE = 1024
-_FEW_POSITIVES = 16  # below it comparing is faster than sorting
+_POSITIVES_AT_ONCE = 1 << 22  # while they are collected
 
 
 @dataclass(frozen=True)
@@ -59,186 +50,147 @@ class Relevance:
         Keys are, for instance, the product id and the normalised captions of a row, made distinct by their
         kind: `{("group", "g1"), ("caption", "red shoe")}`. None is no key: rows without one share nothing.
         """
-        rows_of: dict[Hashable, list[int]] = {}
-        for row, keys in enumerate(gallery_keys):
-            for key in _key_set(keys):
-                rows_of.setdefault(key, []).append(row)
-        offsets = np.zeros(len(query_keys) + 1, dtype=np.int64)
-        positives: list[int] = []
-        for i, keys in enumerate(query_keys):
-            positives += sorted({row for key in _key_set(keys) for row in rows_of.get(key, ())})
-            offsets[i + 1] = len(positives)
-        return cls(offsets, np.array(positives, dtype=np.int64))
+        number: dict[Hashable, int] = {}
+        gallery_rows, gallery_codes = _flat(gallery_keys, lambda key: number.setdefault(key, len(number)))
+        starts = np.concatenate(([0], np.cumsum(np.bincount(gallery_codes, minlength=len(number)))))
+        rows = gallery_rows[np.argsort(gallery_codes, kind="stable")]  # with key c: rows[starts[c] : starts[c + 1]]
+        owners, codes = _flat(query_keys, number.get)
+        return cls(*_joined(owners, starts[codes], starts[codes + 1], rows, len(query_keys), len(gallery_keys)))
 
     @property
     def counts(self) -> Ints:
         """Positives of every query, int64 [queries]."""
         return np.diff(self.offsets)
 
-    @property
-    def query_of(self) -> Ints:
-        """The query of every positive, int64 [positives]."""
-        return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
+
+def _flat(key_sets: Sequence[Iterable[Hashable]], code_of: Callable[[Hashable], int | None]) -> tuple[Ints, Ints]:
+    """Every key of every row: (row, code), in the order of the rows; None is no key, nor a key without a code."""
+    rows, codes = array("q"), array("q")
+    for row, keys in enumerate(key_sets):
+        if isinstance(keys, (str, bytes)):
+            raise TypeError(f"keys must be a set or tuple of keys, not the string {keys!r}: write ({keys!r},)")
+        for key in keys:
+            if key is not None and (code := code_of(key)) is not None:
+                rows.append(row)
+                codes.append(code)
+    return np.array(rows, dtype=np.int64), np.array(codes, dtype=np.int64)
 
 
-def _key_set(keys: Iterable[Hashable]) -> set[Hashable]:
-    if isinstance(keys, (str, bytes)):
-        raise TypeError(f"keys must be a set or tuple of keys, not the string {keys!r}: write ({keys!r},)")
-    return set(keys) - {None}
+def _joined(owners: Ints, first: Ints, last: Ints, rows: Ints, queries: int, gallery: int) -> tuple[Ints, Ints]:
+    """Offsets and positives: query owners[i] has rows[first[i]:last[i]], each row once. In parts, to bound memory."""
+    total = np.concatenate(([0], np.cumsum(last - first)))
+    counts, parts = np.zeros(queries, dtype=np.int64), [np.empty(0, dtype=np.int64)]
+    start = 0
+    while start < len(owners):
+        end = int(np.searchsorted(total, total[start] + _POSITIVES_AT_ONCE, side="right")) - 1
+        end = int(np.searchsorted(owners, owners[max(end, start + 1) - 1], side="right"))  # whole queries
+        part = slice(start, end)
+        sizes = last[part] - first[part]
+        place = np.arange(total[start], total[end]) + np.repeat(first[part] - total[part], sizes)
+        found = np.unique(np.repeat(owners[part], sizes) * gallery + rows[place])
+        counts += np.bincount(found // max(gallery, 1), minlength=queries)
+        parts.append(found % max(gallery, 1))
+        start = end
+    return np.concatenate(([0], np.cumsum(counts))), np.concatenate(parts)
 
 
-def positive_ranks(queries: NDArray[Any], gallery: NDArray[Any], relevance: Relevance, block_rows: int = 8192) -> Ints:
-    """The rank (1 = first) of every positive among all gallery rows, aligned with `relevance.positives`.
-
-    `queries` [q, d] and `gallery` [n, d] (float16 or float32) are L2-normalised embeddings. Higher score
-    first; of equal scores the lower row number first: id order when the gallery is sorted by id. Scores are
-    compared exactly (`topk.exact_scores`), so equal vectors do tie and ranks do not depend on `block_rows`.
-    Memory: O(1024 * block_rows). ValueError for shapes that do not fit or a gallery row that is not finite.
-    """
-    if len(queries) != len(relevance.offsets) - 1:
-        raise ValueError(f"there are {len(queries)} queries but relevance for {len(relevance.offsets) - 1}")
-    if relevance.positives.max(initial=-1) >= len(gallery):
-        raise ValueError(f"a positive is row {relevance.positives.max()} of a gallery of {len(gallery)} rows")
-    check_rows(gallery, queries.shape[1])
-    ranks = np.ones(len(relevance.positives), dtype=np.int64)
-    active = np.flatnonzero(relevance.counts)
-    for start in range(0, len(active), _QUERIES_AT_ONCE):
-        group = active[start : start + _QUERIES_AT_ONCE]
-        # The positives of consecutive active queries are consecutive too: between them no query has any.
-        part = slice(int(relevance.offsets[group[0]]), int(relevance.offsets[group[-1] + 1]))
-        edges = np.append(relevance.offsets[group] - part.start, part.stop - part.start)
-        prepared = prepare_queries(queries[group])
-        ranks[part] += _rows_ahead(prepared, gallery, relevance.positives[part], edges, block_rows)
-    return ranks
-
-
-def _rows_ahead(queries: PreparedQueries, gallery: NDArray[Any], positives: Ints, edges: Ints, block_rows: int) -> Ints:
-    """How many rows come before each positive; those of query i are positives[edges[i]:edges[i + 1]]."""
-    owner = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
-    target = exact_pair_scores(gallery, queries.exact, positives, owner)
-    scaled = np.ldexp(target, -queries.exponent[owner])
-    ahead = np.zeros(len(positives), dtype=np.int64)
-    for first in range(0, len(gallery), block_rows):
-        block = gallery[first : first + block_rows]
-        scores, error, unsure = bounded_scores(block, queries)
-        if unsure.any():
-            row = first + int(np.argmax(unsure))
-            raise ValueError(f"gallery row {row} holds NaN or inf or is far from normalised")
-        low = round_down(scaled - error[owner])
-        high = -round_down(-(scaled + error[owner]))  # at least `high`: surely ahead; below `low`: surely not
-        for i in range(len(edges) - 1):
-            mine = slice(int(edges[i]), int(edges[i + 1]))
-            surely, windows = _split(scores[i], low[mine], high[mine])
-            ahead[mine] += surely
-            ahead[mine] += _ahead_in(windows, block, queries.exact[i], target[mine], positives[mine] - first)
-    return ahead
-
-
-def _split(scores: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]) -> tuple[Ints, list[Ints]]:
-    """For every positive: how many scores reach `high`, and the places of those in [low, high)."""
-    if len(low) < _FEW_POSITIVES:
-        surely = [np.count_nonzero(scores >= cut) for cut in high]
-        windows = [np.flatnonzero((scores >= a) & (scores < b)) for a, b in zip(low, high, strict=True)]
-        return np.array(surely, dtype=np.int64), windows
-    order = np.argsort(scores)
-    starts, stops = (np.searchsorted(scores[order], cuts) for cuts in (low, high))
-    return len(scores) - stops, [order[a:b] for a, b in zip(starts, stops, strict=True)]
-
-
-def _ahead_in(windows: list[Ints], block: NDArray[Any], query: Floats, target: Floats, place: Ints) -> Ints:
-    """Of the rows in each positive's window: how many are ahead of it by exact score, then by place."""
-    near = np.concatenate(windows)
-    owner = np.repeat(np.arange(len(windows)), [len(window) for window in windows])
-    rows, inverse = np.unique(near, return_inverse=True)
-    score = exact_scores(block[rows], query)[inverse]
-    ahead = (score > target[owner]) | ((score == target[owner]) & (near < place[owner]))
-    return np.bincount(owner[ahead], minlength=len(windows))
-
-
-def best_ranks(ranks: Ints, relevance: Relevance) -> Ints:
-    """The rank of the first positive of every query that has one, int64; ValueError if none has."""
-    _check(ranks, relevance, 1)
-    return np.asarray(np.minimum.reduceat(ranks, relevance.offsets[:-1][relevance.counts > 0]))
-
-
-def hit_rate_at(ranks: Ints, relevance: Relevance, k: int) -> float:
-    """Share of queries with at least one positive in the first k. The CLIP papers call it "R@k"."""
-    _check(ranks, relevance, k)
-    return float(np.mean(best_ranks(ranks, relevance) <= k))
-
-
-def top1_accuracy(ranks: Ints, relevance: Relevance) -> float:
-    """Share of queries whose first row is a positive: hit_rate@1."""
-    return hit_rate_at(ranks, relevance, 1)
-
-
-def recall_at(ranks: Ints, relevance: Relevance, k: int) -> float:
-    """Share of a query's positives in the first k, mean over queries. Not what the CLIP papers call "R@k"."""
-    _check(ranks, relevance, k)
-    return _mean_of_sums(ranks <= k, relevance, relevance.counts)
-
-
-def mrr_at(ranks: Ints, relevance: Relevance, k: int) -> float:
-    """Mean of 1 / rank of the first positive, 0 where it is beyond k."""
-    _check(ranks, relevance, k)
-    best = best_ranks(ranks, relevance)
-    return float(np.mean(np.where(best <= k, 1.0 / best, 0.0)))
-
-
-def ndcg_at(ranks: Ints, relevance: Relevance, k: int) -> float:
-    """Binary nDCG@k: sum of 1 / log2(rank + 1) of the positives in the first k, divided by the best possible,
-    that of min(k, positives) positives in front (Jarvelin and Kekalainen 2002; as trec_eval's ndcg_cut)."""
-    _check(ranks, relevance, k)
-    gains = np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
-    reachable = np.minimum(relevance.counts, k)
-    ideal = np.concatenate(([0.0], np.cumsum(1.0 / np.log2(np.arange(2.0, reachable.max(initial=0) + 2)))))
-    return _mean_of_sums(gains, relevance, ideal[reachable])
-
-
-def mean_average_precision_at(ranks: Ints, relevance: Relevance, k: int) -> float:
-    """Mean over queries of the sum of precision@rank over the positives in the first k, divided by the number
-    of all positives (as trec_eval's map_cut; some tools divide by min(k, positives))."""
-    _check(ranks, relevance, k)
-    query_of = relevance.query_of
-    ordered = ranks[np.lexsort((ranks, query_of))]
-    found = np.arange(len(ranks)) - relevance.offsets[query_of] + 1
-    return _mean_of_sums(np.where(ordered <= k, found / ordered, 0.0), relevance, relevance.counts)
-
-
-def median_rank(ranks: Ints, relevance: Relevance) -> float:
-    """Median over queries of the rank of the first positive."""
-    return float(np.median(best_ranks(ranks, relevance)))
-
-
-def summary(ranks: Ints, relevance: Relevance, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """All metrics by name: hit_rate@k for every k, the others at the largest k.
-
-    `queries` is the number of queries in the means; `queries_without_positive` that of those left out.
-    """
-    last = max(ks)
-    found = {f"hit_rate@{k}": hit_rate_at(ranks, relevance, k) for k in ks}
-    found[f"recall@{last}"] = recall_at(ranks, relevance, last)
-    found[f"mrr@{last}"] = mrr_at(ranks, relevance, last)
-    found[f"ndcg@{last}"] = ndcg_at(ranks, relevance, last)
-    found[f"map@{last}"] = mean_average_precision_at(ranks, relevance, last)
-    found["median_rank"] = median_rank(ranks, relevance)
-    found["top1_accuracy"] = top1_accuracy(ranks, relevance)
-    found["queries"] = float(np.count_nonzero(relevance.counts))
-    found["queries_without_positive"] = float(np.count_nonzero(relevance.counts == 0))
+def first_ranks(ranks: Ints, relevance: Relevance) -> Floats:
+    """The rank of the first positive of every query."""
+    _check(ranks, relevance)
+    found, has = np.full(len(relevance.counts), np.nan), relevance.counts > 0
+    if has.any():
+        found[has] = np.minimum.reduceat(ranks, relevance.offsets[:-1][has])
     return found
 
 
-def _check(ranks: Ints, relevance: Relevance, k: int) -> None:
+def hit_at(ranks: Ints, relevance: Relevance, k: int) -> Floats:
+    """1 where at least one positive is in the first k, else 0. The CLIP papers call its mean "R@k"."""
+    _check(ranks, relevance, k)
+    first = first_ranks(ranks, relevance)
+    return np.where(np.isnan(first), np.nan, first <= k)
+
+
+def recall_at(ranks: Ints, relevance: Relevance, k: int) -> Floats:
+    """Share of a query's positives in the first k. Not what the CLIP papers call "R@k"."""
+    query_of, near = _within(ranks, relevance, k)
+    return _sums(np.ones(len(near)), query_of, relevance.counts)
+
+
+def reciprocal_rank_at(ranks: Ints, relevance: Relevance, k: int) -> Floats:
+    """1 / rank of the first positive, 0 where it is beyond k; its mean is MRR@k."""
+    _check(ranks, relevance, k)
+    first = first_ranks(ranks, relevance)
+    return np.where(first > k, 0.0, 1.0 / first)
+
+
+def ndcg_at(ranks: Ints, relevance: Relevance, k: int) -> Floats:
+    """Binary nDCG@k: sum of 1 / log2(rank + 1) of the positives in the first k, divided by the best possible,
+    that of min(k, positives) positives in front (Jarvelin and Kekalainen 2002; as trec_eval's ndcg_cut)."""
+    reachable = np.minimum(relevance.counts, k)
+    ideal = np.concatenate(([0.0], np.cumsum(1.0 / np.log2(np.arange(2.0, reachable.max(initial=0) + 2)))))
+    query_of, near = _within(ranks, relevance, k)
+    return _sums(1.0 / np.log2(near + 1.0), query_of, ideal[reachable])
+
+
+def average_precision_at(ranks: Ints, relevance: Relevance, k: int) -> Floats:
+    """Sum of precision@rank over the positives in the first k, divided by the number of all positives (as
+    trec_eval's map_cut; some tools divide by min(k, positives)); its mean is mAP@k."""
+    query_of, near = _within(ranks, relevance, k)
+    order = np.lexsort((near, query_of))
+    found = np.arange(len(near)) - np.searchsorted(query_of, query_of) + 1
+    return _sums(found / near[order], query_of, relevance.counts)
+
+
+def query_values(ranks: Ints, relevance: Relevance, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Floats]:
+    """Every metric of every query by name: hit_rate@k for every k, the others at the largest k, and first_rank.
+
+    float64 [queries], NaN for a query without a positive. A query's values depend on nothing but its own ranks, so
+    what several processes find for their shares of the queries joins to what one process finds for all.
+    """
+    last = max(ks)
+    found = {f"hit_rate@{k}": hit_at(ranks, relevance, k) for k in ks}
+    found[f"recall@{last}"] = recall_at(ranks, relevance, last)
+    found[f"mrr@{last}"] = reciprocal_rank_at(ranks, relevance, last)
+    found[f"ndcg@{last}"] = ndcg_at(ranks, relevance, last)
+    found[f"map@{last}"] = average_precision_at(ranks, relevance, last)
+    found["first_rank"] = first_ranks(ranks, relevance)
+    return found
+
+
+def mean_of(values: Mapping[str, Floats]) -> dict[str, float]:
+    """The means of `query_values` over the queries that have a positive; ValueError where none has.
+
+    Also `median_rank`, of the first positives; `top1_accuracy`, the share of queries whose first row is a positive;
+    `queries`, the number of queries in the means, and `queries_without_positive`, that of those left out.
+    """
+    measured = ~np.isnan(values["first_rank"])
+    if not measured.any():
+        raise ValueError("no query has a positive in the gallery, so there is nothing to measure")
+    found = {name: float(np.mean(value[measured])) for name, value in values.items() if name != "first_rank"}
+    first = values["first_rank"][measured]
+    found["median_rank"] = float(np.median(first))
+    found["top1_accuracy"] = float(np.mean(first == 1))
+    found["queries"] = float(np.count_nonzero(measured))
+    found["queries_without_positive"] = float(np.count_nonzero(~measured))
+    return found
+
+
+def _check(ranks: Ints, relevance: Relevance, k: int = 1) -> None:
     if k < 1:
         raise ValueError(f"k is the number of rows looked at and must be at least 1, not {k}")
     if len(ranks) != len(relevance.positives):
         raise ValueError(f"there are {len(ranks)} ranks for {len(relevance.positives)} positives")
-    if not len(ranks):
-        raise ValueError("no query has a positive in the gallery, so there is nothing to measure")
 
 
-def _mean_of_sums(values: NDArray[Any], relevance: Relevance, divisor: NDArray[Any]) -> float:
-    """Mean over the queries with positives of (sum of their `values`) / (their `divisor`)."""
-    measured = relevance.counts > 0
-    sums = np.bincount(relevance.query_of, weights=values, minlength=len(measured))
-    return float(np.mean(sums[measured] / divisor[measured]))
+def _within(ranks: Ints, relevance: Relevance, k: int) -> tuple[Ints, Ints]:
+    """Query and rank of the positives in the first k."""
+    _check(ranks, relevance, k)
+    near = np.flatnonzero(ranks <= k)
+    return np.searchsorted(relevance.offsets, near, side="right") - 1, ranks[near]
+
+
+def _sums(values: Floats, query_of: Ints, divisor: NDArray[Any]) -> Floats:
+    """(Sum of each query's `values`) / (its `divisor`); NaN where that is 0: without positives."""
+    sums = np.bincount(query_of, weights=values, minlength=len(divisor))
+    means: Floats = np.divide(sums, divisor, out=np.full(len(sums), np.nan), where=divisor > 0)
+    return means

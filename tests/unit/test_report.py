@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdist import report
+from clipdist import plots
 from clipdist.gallery import Section, Tile, contact_sheet, gallery, thumbnail
-from clipdist.report import curves, display_width, duration, file_size, heatmap, number, percent, table
+from clipdist.plots import curves, heatmap
+from clipdist.report import display_width, duration, file_size, number, percent, table
 
 INJECTION = '<script>alert("x")</script><img src=https://example.com/a.png>'
 
@@ -37,7 +38,7 @@ def has_colour(path: Path, colour: str) -> bool:
 
 def test_importing_the_modules_loads_no_drawing_library():
     heavy = {"matplotlib", "PIL", "jinja2", "torch", "ray", "pyarrow"}
-    code = "import sys, clipdist.report, clipdist.gallery{}; print(*sys.modules)"
+    code = "import sys, clipdist.report, clipdist.plots, clipdist.gallery{}; print(*sys.modules)"
 
     def loaded(also: str) -> set[str]:
         command = [sys.executable, "-c", code.format(also)]
@@ -150,8 +151,8 @@ def test_heatmap_outlines_the_diagonal_of_a_square_matrix_only(tmp_path):
     for columns in (6, 5):
         sides = {"row_labels": ["r"] * 6, "column_labels": ["c"] * columns}
         heatmap(np.zeros((6, columns)), tmp_path / f"{columns}.png", title="t", **sides)
-    assert has_colour(tmp_path / "6.png", report.OUTLINE)
-    assert not has_colour(tmp_path / "5.png", report.OUTLINE)
+    assert has_colour(tmp_path / "6.png", plots.OUTLINE)
+    assert not has_colour(tmp_path / "5.png", plots.OUTLINE)
 
 
 def test_heatmap_of_a_sample_fits_a_screen(tmp_path):
@@ -177,9 +178,9 @@ def test_a_character_without_a_font_is_named_on_the_picture(tmp_path, monkeypatc
         return (tmp_path / name).read_bytes()
 
     complete = draw("a.png")
-    monkeypatch.setattr(report, "characters", lambda file, face: frozenset(range(128)))
-    assert report.fonts(["cafe"])[1]
-    assert not report.fonts(["caf\u00e9"])[1]
+    monkeypatch.setattr(plots, "characters", lambda file, face: frozenset(range(128)))
+    assert plots.fonts(["cafe"])[1]
+    assert not plots.fonts(["caf\u00e9"])[1]
     assert draw("b.png") != complete
 
 
@@ -187,9 +188,9 @@ def test_curves_draw_every_series(tmp_path):
     series = {"loss": [(0, 2.0), (1, 1.0), (2, float("nan")), (3, 0.5)], "validation": [(1, 1.5)], "none": []}
     marks = [(0, "projections"), (0.1, "all layers"), (2, "$high_resolution")]
     curves(tmp_path / "c.png", series, title="t", x_label="step", y_label="loss", marks=marks)
-    assert has_colour(tmp_path / "c.png", report.LINE_COLOURS[0])
-    assert has_colour(tmp_path / "c.png", report.LINE_COLOURS[1])
-    assert not has_colour(tmp_path / "c.png", report.LINE_COLOURS[5])
+    assert has_colour(tmp_path / "c.png", plots.LINE_COLOURS[0])
+    assert has_colour(tmp_path / "c.png", plots.LINE_COLOURS[1])
+    assert not has_colour(tmp_path / "c.png", plots.LINE_COLOURS[5])
     curves(tmp_path / "empty.png", {}, title="t", x_label="x", y_label="y")
 
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from clipdist.metrics import Relevance
-from clipdist.retrieval import Gallery, measure, normal_caption
+from clipdist.ranks import positive_ranks
+from clipdist.retrieval import Gallery, joined, mean_of, measure, normal_caption, query_values
 
 # Pictures 0 and 1 show one product. Captions 3 and 4 both belong to picture 3; caption 2 says the same as caption 3.
 GALLERY = Gallery(
@@ -71,6 +73,88 @@ def test_counting_only_the_own_pair_gives_other_numbers() -> None:
     found = measure(IMAGES, TEXTS, relevance)
     assert found["text_to_image/hit_rate@1"] == pytest.approx(1 / 5)
     assert found["image_to_text/hit_rate@1"] == 0
+
+
+# -- queries shared by several processes ---------------------------------------------------------------
+
+
+def catalog(pictures: int = 151, dim: int = 24) -> tuple[Gallery, NDArray[np.float32], NDArray[np.float32]]:
+    """Pictures of products and their captions, some alike; a text lies near its picture. Five have no caption."""
+    rng = np.random.default_rng(0)
+    pair_of_text = np.sort(np.concatenate([np.arange(pictures)[5:], rng.integers(5, pictures, 170)]))
+    groups = [None] * 5 + [f"g{n}" if n % 4 else None for n in rng.integers(70, size=pictures - 5)]
+    captions = [f"caption {n}" for n in rng.integers(200, size=len(pair_of_text))]
+    images = rng.standard_normal((pictures, dim))
+    texts = images[pair_of_text] + 1.2 * rng.standard_normal((len(pair_of_text), dim))
+    unit = [np.float32(rows / np.linalg.norm(rows, axis=1, keepdims=True)) for rows in (images, texts)]
+    return Gallery(groups, captions, pair_of_text), unit[0], unit[1]
+
+
+def all_at_once(ranks: NDArray[np.int64], relevance: Relevance) -> dict[str, float]:
+    """The means written the plain way, over all positives of all queries."""
+    counts, has = relevance.counts, relevance.counts > 0
+    query_of = np.repeat(np.arange(len(counts)), counts)
+    best = np.minimum.reduceat(ranks, relevance.offsets[:-1][has])
+    ideal = np.concatenate(([0.0], np.cumsum(1.0 / np.log2(np.arange(2.0, 12)))))[np.minimum(counts, 10)]
+    ordered = ranks[np.lexsort((ranks, query_of))]
+    place = np.arange(len(ranks)) - relevance.offsets[query_of] + 1
+
+    def mean_of_sums(values: NDArray[np.float64], divisor: NDArray[np.float64]) -> float:
+        sums = np.bincount(query_of, weights=values, minlength=len(has))
+        return float(np.mean(sums[has] / divisor[has]))
+
+    found = {f"hit_rate@{k}": float(np.mean(best <= k)) for k in (1, 5, 10)}
+    found["recall@10"] = mean_of_sums(ranks <= 10, counts)
+    found["mrr@10"] = float(np.mean(np.where(best <= 10, 1.0 / best, 0.0)))
+    found["ndcg@10"] = mean_of_sums(np.where(ranks <= 10, 1.0 / np.log2(ranks + 1.0), 0.0), ideal)
+    found["map@10"] = mean_of_sums(np.where(ordered <= 10, place / ordered, 0.0), counts)
+    found["median_rank"] = float(np.median(best))
+    found["top1_accuracy"] = float(np.mean(best <= 1))
+    return found | {"queries": float(has.sum()), "queries_without_positive": float((~has).sum())}
+
+
+def test_the_numbers_are_those_of_the_formulas_over_everything_to_the_bit() -> None:
+    gallery, images, texts = catalog()
+    relevance = gallery.relevance()
+    there = positive_ranks(texts, images, relevance["text_to_image"])
+    back = positive_ranks(images, texts, relevance["image_to_text"])
+    expected = {f"text_to_image/{k}": v for k, v in all_at_once(there, relevance["text_to_image"]).items()}
+    expected |= {f"image_to_text/{k}": v for k, v in all_at_once(back, relevance["image_to_text"]).items()}
+    found = measure(images, texts, relevance)
+    assert found == expected
+    assert list(found) == list(expected)
+    assert found["image_to_text/queries_without_positive"] == 5
+    assert 0.2 < found["text_to_image/map@10"] < 0.9
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 400])
+def test_any_number_of_processes_finds_the_same_numbers_to_the_bit(world_size: int) -> None:
+    """400 are more than there are queries. The control: the mean of the processes' means is another number."""
+    gallery, images, texts = catalog()
+    shares = [slice(rank, None, world_size) for rank in range(world_size)]
+    parts = [query_values(images, texts, gallery.relevance(share), share) for share in shares]
+    expected = measure(images, texts, gallery.relevance())
+    assert mean_of(joined(parts)) == expected
+    if 1 < world_size < 100:
+        means = [mean_of(part)["image_to_text/map@10"] for part in parts]
+        assert np.mean(means) != expected["image_to_text/map@10"]
+
+
+def test_a_share_has_the_relevance_of_its_queries_alone() -> None:
+    gallery, images, texts = catalog()
+    share = slice(2, None, 5)
+    mine, everything = gallery.relevance(share), gallery.relevance()
+    for direction in ("text_to_image", "image_to_text"):
+        assert sets_of(mine[direction]) == sets_of(everything[direction])[share]
+    with pytest.raises(ValueError, match="queries but relevance for"):
+        query_values(images, texts, everything, share)
+
+
+def test_a_contiguous_share_will_do_too() -> None:
+    gallery, images, texts = catalog()
+    whole = query_values(images, texts, gallery.relevance())
+    part = query_values(images, texts, gallery.relevance(slice(40, 90)), slice(40, 90))
+    assert all(np.array_equal(whole[name][40:90], part[name], equal_nan=True) for name in whole)
 
 
 @pytest.mark.parametrize("group", [None, ""])
