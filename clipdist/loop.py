@@ -36,8 +36,6 @@ def run_stages(config: TrainConfig, manifest: Manifest, worker: Worker) -> bool:
     """
     prepare_process(config, worker.device)
     run, position, state = open_run(config, manifest, worker)
-    facts = {"stage": position.stage, "stage_step": position.stage_step, "step": position.step}
-    worker.report({"event": "workers", "workers": collectives.world_size(), **facts})
     for index, stage in enumerate(config.stages):
         here = position.stage == index and position.stage_name == stage.name
         if position.stage > index or (here and position.stage_done):
@@ -68,17 +66,22 @@ def _run_stage(
     shares = Shares(config.seed, index, config.batch_size_of(settings), stage.steps, config.lanes or 1, collectives.rank(), collectives.world_size())  # fmt: skip
     preprocess = None if stage.reused[0] else run.towers.preprocess
     loader = Loader(stage.rows, shares, preprocess, settings.augment, run.worker.decoders)
-    meter = Meter(loader)
+    meter, epoch_started = Meter(loader), time.perf_counter()
     try:
         for local in loader.batches(position.stage_step):
             rates = stages.learning_rates(settings, local.step, stage.steps)
             stepped = _step(run, stage, local, rates)
             position = _count(position, stage, local)
             run.worker.report(_step_event(run, stage, local, stepped, rates, meter, position.step))
+            if position.stage_step % stage.per_epoch == 0:
+                seconds = time.perf_counter() - epoch_started
+                facts = {"stage": settings.name, "epoch": position.epoch, "step": position.step, "seconds": seconds}
+                run.worker.report({"event": "epoch", **facts})
             if _validation_is_due(run, stage, position):
                 position = _validated(run, stage, position)
                 run.save(position, state_of(stage.optimizer, stage.learning))
                 meter.restart()
+                epoch_started = time.perf_counter()
             elif stepped.leave or _checkpoint_is_due(run, position):
                 run.save(position, state_of(stage.optimizer, stage.learning))
             if stepped.leave or position.stage_done:

@@ -100,7 +100,9 @@ def open_run(config: TrainConfig, manifest: Manifest, worker: Worker) -> tuple[R
     if collectives.rank() == 0:
         checkpoint.remove_incomplete(config.output)
     found = checkpoint.complete(config.output) if collectives.rank() == 0 else []
-    path, position = collectives.broadcast_object(found[-1] if found else (None, None))
+    path, position = collectives.broadcast_object(found[-1] if found else (None, START))
+    facts = {"stage": position.stage, "stage_step": position.stage_step, "step": position.step}
+    worker.report({"event": "workers", "workers": collectives.world_size(), **facts})
     if path is None:
         torch.manual_seed(config.seed)  # a model without weights must start the same on every rank
         towers = models.load(config.model)
