@@ -22,9 +22,10 @@ from clipdist.batches import Loader, LocalBatch, Pairs, key_hash
 from clipdist.checkpoint import Progress
 from clipdist.config import Section, UserError
 from clipdist.ledger import Manifest
+from clipdist.models import ModelConfig, load
 from clipdist.retrieval import DIRECTIONS, HIGHER_IS_BETTER, Gallery, measure, normal_caption
 from clipdist.stages import StageConfig
-from clipdist.towers import ModelConfig, Towers, load
+from clipdist.towers import Towers
 from clipdist.vocab import VocabularyConfig
 
 ENCODE_ROWS = {"cpu": 32, "cuda": 256}
@@ -183,7 +184,7 @@ def _run_stage(
     if path is not None:
         checkpoint.restore_optimizer(path, optimizer)
     model = collectives.wrap(step.GlobalLoss(towers, run.loss_name, run.autocast))
-    reuse = config.reuse_frozen_features and stage.frozen_towers() and towers.reusable()
+    reuse = config.reuse_frozen_features and stage.frozen_towers() and towers.images_reusable and towers.texts_reusable
     features = TowerOutputs.compute(run, run.train, "train") if reuse else None
     held_out = TowerOutputs.compute(run, run.validation, "validation") if reuse else None
     first = resumed.epoch if resumed else 0

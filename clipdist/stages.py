@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from clipdist.config import Section
 
-Part = Literal["projections", "logit_scale", "image_tower", "text_tower"]
-PARTS: tuple[Part, ...] = ("projections", "logit_scale", "image_tower", "text_tower")
+Part = Literal["projections", "logit_scale", "new_tokens", "image_tower", "text_tower"]
+PARTS: tuple[Part, ...] = ("projections", "logit_scale", "new_tokens", "image_tower", "text_tower")
 
 
 class StageConfig(Section):

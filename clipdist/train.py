@@ -21,7 +21,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from clipdist import checkpoint, collectives, lease, runtime, stages, storage, towers
+from clipdist import checkpoint, collectives, lease, models, runtime, stages, storage
 from clipdist.config import UserError, dump
 from clipdist.ledger import Manifest, read_manifest, refuse_other_stamp
 from clipdist.loop import TrainConfig, run_stages
@@ -39,7 +39,7 @@ HARMLESS = ("output", "pairs", "workers", "reuse_frozen_features")
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains at `config.output`, or goes on, or finds the run finished. Returns result.json's content."""
     manifest = _checked_pairs(config)
-    place = towers.locate(config.model.name)
+    place = models.locate(config.model.name)
     output, pretrained = storage.absolute(config.output), config.model.pretrained
     if pretrained is not None and storage.exists(pretrained):
         pretrained = storage.absolute(pretrained)
@@ -72,7 +72,7 @@ def dry_run(config: TrainConfig) -> list[tuple[str, str]]:
     from clipdist import batches, loop, step
 
     manifest = _checked_pairs(config)
-    model = towers.load(config.model)
+    model = models.load(config.model)
     added = model.add_terms(config.vocabulary.all_terms())
     pairs = batches.read_pairs(manifest, "train", max_rows=8)
     stage = config.stages[-1]
@@ -121,7 +121,7 @@ def derived(config: TrainConfig) -> list[tuple[str, str]]:
     total = sum(stage.epochs for stage in config.stages) * per_epoch
     found += [("training pairs", f"{rows:,}"), ("steps in all", f"{total:,}")]
     try:
-        dim = towers.load(config.model.model_copy(update={"pretrained": None})).dim
+        dim = models.load(config.model.model_copy(update={"pretrained": None})).dim
     except UserError:
         return found
     gathered = 2 * config.global_batch_size * dim * 4

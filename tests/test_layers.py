@@ -33,7 +33,10 @@ LEARN = [
     "stages",
     "loss",
     "collectives",
+    "anatomy",
+    "image_size",
     "towers",
+    "models",
     "batches",
     "step",
     "checkpoint",
@@ -49,12 +52,12 @@ LIGHT_LIBRARIES = {"numpy", "pyarrow", "pydantic", "pydantic_core", "yaml", "fss
 INSIDE_FUNCTIONS = {"report": {"matplotlib"}, "gallery": {"matplotlib", "jinja2", "PIL"}}
 ONLY_IN = {
     "ray": {*RAY, *FRONT},
-    "open_clip": {"towers", "augment"},
+    "open_clip": {"anatomy", "image_size", "models", "augment"},
     "torchvision": {"towers", "augment"},
     "torch.distributed": {"collectives"},
     "torch.nn.parallel": {"collectives"},
-    "timm": {"starter"},
-    "transformers": {"towers", "text_encoder"},
+    "timm": {"anatomy", "starter"},
+    "transformers": {"models", "text_encoder"},
 }
 
 
