@@ -21,17 +21,18 @@ import ray.data
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from clipdist import images, planning, runtime, storage, towers
+from clipdist import images, models, planning, runtime, storage
 from clipdist.config import Section, UserError, dump
 from clipdist.images import BadImage
 from clipdist.ledger import File, Ledger, Manifest, begin, read_manifest
 from clipdist.loop import ENCODE_ROWS, keep_freed_memory
+from clipdist.models import ModelConfig
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.schema import Stamp, embeddings_schema, recorded
 from clipdist.shards import encode_shard
 from clipdist.sources import SourceConfig, open_source
-from clipdist.towers import ModelConfig, Preprocess, Towers
+from clipdist.towers import Preprocess, Towers
 
 READERS_PER_TASK = 8
 UNITS_PER_ENCODER = 4
@@ -102,8 +103,8 @@ class EmbedConfig(Section):
 def run(config: EmbedConfig) -> Manifest:
     """Makes the embeddings at `config.output`, or goes on with them, or finds them finished."""
     output = storage.absolute(config.output)
-    model = towers.load(config.model)
-    place = towers.locate(config.model.name)
+    model = models.load(config.model)
+    place = models.locate(config.model.name)
     resolved = config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": place.folder or place.name}),
@@ -126,7 +127,7 @@ def run(config: EmbedConfig) -> Manifest:
 
 def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
     """Opens the input, builds the model and encodes a few rows; writes nothing."""
-    model = towers.load(config.model)
+    model = models.load(config.model)
     unit = next(iter(_plan(config, rows=4)), None)
     rows = unit.to_pylist() if unit is not None else []
     loaded = _load_rows(rows, config, model.preprocess)
@@ -168,7 +169,7 @@ class Encoder:
             torch.set_num_threads(threads)
             keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = towers.load(config.model).to(self.device).requires_grad_(False)
+        self.model = models.load(config.model).to(self.device).requires_grad_(False)
         self.config = config
 
     @staticmethod
@@ -389,7 +390,7 @@ def _stamp(config: EmbedConfig, model: Towers, resolved: ModelConfig) -> Stamp:
         manifest = _pairs(config)
         made_from = {"pairs": manifest.stamp.identity, "splits": list(config.splits)}
     identity = {
-        "weights_sha256": towers.weights_sha256(config.model, model),
+        "weights_sha256": models.weights_sha256(config.model, model),
         "dim": model.dim,
         "normalised": True,
         "towers": list(config.towers),

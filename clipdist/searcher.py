@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from clipdist import images, storage, towers
+from clipdist import images, models, storage
 from clipdist.config import UserError, differences
 from clipdist.images import BadImage
 from clipdist.ledger import read_manifest
+from clipdist.models import ModelConfig
 from clipdist.pictures import read_picture
 from clipdist.search import Index
-from clipdist.towers import ModelConfig, Towers
+from clipdist.towers import Towers
 
 Picture = str | Path | Image.Image
 
@@ -67,11 +68,11 @@ class Searcher:
         )
         self.device = torch.device(device)
         try:
-            self.towers: Towers = towers.load(config).to(self.device).requires_grad_(False)
+            self.towers: Towers = models.load(config).to(self.device).requires_grad_(False)
         except UserError as error:
             hint = "" if model else f"\n  {embeddings} was made by this model; if it moved, say where: --model PATH"
             raise UserError(f"{error}{hint}") from None
-        ours = {"weights_sha256": towers.weights_sha256(config, self.towers), "dim": self.towers.dim}
+        ours = {"weights_sha256": models.weights_sha256(config, self.towers), "dim": self.towers.dim}
         ours |= {"decode": images.DECODE_ID, **self.towers.identity()}
         found = differences(ours, {name: stamp.identity[name] for name in ours})
         if found:

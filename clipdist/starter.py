@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipdist import batches, images, storage, towers
+from clipdist import batches, images, models, storage
 from clipdist.config import UserError
 from clipdist.ledger import read_manifest
-from clipdist.towers import ModelConfig, Towers
+from clipdist.models import ModelConfig
+from clipdist.towers import Towers
 
 DIM, TEXT_LENGTH, LOGIT_SCALE, RIDGE = 384, 32, 1 / 0.07, 1e-3
 MAX_PICTURES = 2000
@@ -56,7 +57,7 @@ def make(pictures: Sequence[bytes], image_size: int) -> Towers:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "starter.json"
         path.write_text(json.dumps(_config(image_size, reader)))
-        model = towers.load(ModelConfig(name=str(path)))
+        model = models.load(ModelConfig(name=str(path)))
     source = torch.load(next(eyes.glob("*.pth")), map_location="cpu", weights_only=True)
     weight, bias = source.pop("_fc.weight"), source.pop("_fc.bias")
     trunk, head, text_projection = model.visual.trunk, model.visual.head.proj, model.text.proj

@@ -36,7 +36,10 @@ LEARN = [
     "stages",
     "loss",
     "collectives",
+    "anatomy",
+    "image_size",
     "towers",
+    "models",
     "interpolate",
     "batches",
     "step",
@@ -53,12 +56,12 @@ LIGHT_LIBRARIES = {"numpy", "pyarrow", "pydantic", "pydantic_core", "yaml", "fss
 INSIDE_FUNCTIONS = {"plots": {"matplotlib"}, "gallery": {"matplotlib", "jinja2", "PIL"}}
 ONLY_IN = {
     "ray": {*RAY, *FRONT},
-    "open_clip": {"towers"},
-    "torchvision": {"towers"},
+    "open_clip": {"anatomy", "image_size", "models", "augment"},
+    "torchvision": {"towers", "augment"},
     "torch.distributed": {"collectives"},
     "torch.nn.parallel": {"collectives"},
-    "timm": {"starter"},
-    "transformers": {"towers", "text_encoder"},
+    "timm": {"anatomy", "starter"},
+    "transformers": {"models", "text_encoder"},
 }
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from clipdist import step, towers
+from clipdist import models, step
+from clipdist.models import ModelConfig
 from clipdist.step import Batch, GlobalLoss
-from clipdist.towers import ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -17,7 +17,7 @@ def test_loss_and_gradient_of_one_step_are_the_cpus(
     found = {}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        model = towers.load(ModelConfig(name=tiny_clip)).to(device)
+        model = models.load(ModelConfig(name=tiny_clip)).to(device)
         step.set_learning(model, ("projections", "logit_scale", "image_tower", "text_tower"))
         pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         tokens = model.tokenise([f"a thing of kind {number}" for number in range(8)])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from clipdist import checkpoint, embed, evaluate, prepare, storage, towers, train
+from clipdist import checkpoint, embed, evaluate, models, prepare, storage, train
 from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.evaluate import EvaluateConfig
@@ -213,8 +213,8 @@ def test_frozen_stage_keeps_the_towers_to_the_bit(home: Path, tiny_clip: str) ->
     output = home / "frozen-only"
     train.run(train_config(home, tiny_clip, output=str(output), stages=STAGES[:1], vocabulary={}))
     torch.manual_seed(0)
-    start = towers.load(towers.ModelConfig(name=tiny_clip))
-    trained = towers.load(towers.ModelConfig(name=str(output))).model.state_dict()
+    start = models.load(models.ModelConfig(name=tiny_clip))
+    trained = models.load(models.ModelConfig(name=str(output))).model.state_dict()
     learning = {name for part in ("projections", "logit_scale") for name, _ in start.parts()[part]}  # type: ignore[index]
     changed = {name for name, tensor in start.model.state_dict().items() if not torch.equal(tensor, trained[name])}
     assert changed == learning == {"visual.proj", "text_projection", "logit_scale"}

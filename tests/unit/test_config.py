@@ -12,11 +12,11 @@ from clipdist.config import Section, UserError, differences, dump, explain, flat
 from clipdist.embed import CatalogConfig, EmbedConfig
 from clipdist.evaluate import EvaluateConfig
 from clipdist.loop import TrainConfig, ValidationConfig
+from clipdist.models import ModelConfig
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.prepare import PrepareConfig
 from clipdist.sources import SourceConfig
 from clipdist.stages import StageConfig
-from clipdist.towers import ModelConfig
 from clipdist.vocab import VocabularyConfig
 
 

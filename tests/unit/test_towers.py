@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdist import towers
+from clipdist import models
 from clipdist.config import UserError
-from clipdist.towers import ModelConfig, Towers
+from clipdist.models import ModelConfig
+from clipdist.towers import Towers
 
 TEXTS = ["a red dress", "two black shoes on a white table", ""]
 TINY_TIMM = {
@@ -43,10 +44,10 @@ TINY_SIGLIP = {
 @pytest.fixture(params=["vit", "timm", "resnet"])
 def model(request: pytest.FixtureRequest, tiny_clip: str, tmp_path: Path) -> Towers:
     if request.param == "vit":
-        return towers.load(ModelConfig(name=tiny_clip))
+        return models.load(ModelConfig(name=tiny_clip))
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"timm": TINY_TIMM, "resnet": TINY_RESNET}[request.param]))
-    return towers.load(ModelConfig(name=str(path)))
+    return models.load(ModelConfig(name=str(path)))
 
 
 def pixels(model: Towers, rows: int = 3) -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_tower_output_then_projection_is_what_open_clip_encodes(model: Towers) -
 
 
 def test_taking_the_projection_off_changes_the_output_and_is_undone(tiny_clip: str) -> None:
-    model = towers.load(ModelConfig(name=tiny_clip))
+    model = models.load(ModelConfig(name=tiny_clip))
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     assert model.image_tower_output(pixels(model)).shape[1] == 64  # the tower's width, not embed_dim
     assert model.text_tower_output(model.tokenise(TEXTS)).shape[1] == 32
@@ -91,15 +92,15 @@ def test_every_parameter_is_in_one_part_and_projections_are_found(model: Towers)
 def test_siglip_has_its_attention_pooling_as_projection_and_a_bias(tmp_path: Path) -> None:
     path = tmp_path / "siglip.json"
     path.write_text(json.dumps(TINY_SIGLIP | {"embed_dim": 192}))
-    model = towers.load(ModelConfig(name=str(path)))
+    model = models.load(ModelConfig(name=str(path)))
     parts = model.parts()
     assert {name for name, _ in parts["logit_scale"]} == {"logit_scale", "logit_bias"}
     assert any("attn_pool" in name for name, _ in parts["projections"])
-    assert not model.reusable()  # its pooling cannot be taken off
+    assert not model.images_reusable  # its pooling cannot be taken off
 
 
 def test_preprocessing_is_open_clips(tiny_clip: str, tmp_path: Path) -> None:
-    model = towers.load(ModelConfig(name=tiny_clip))
+    model = models.load(ModelConfig(name=tiny_clip))
     model.save(tmp_path / "saved", final_path=str(tmp_path / "saved"))
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'saved'}")
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8))
@@ -119,14 +120,14 @@ def test_saved_checkpoint_loads_in_plain_open_clip_and_here_also_after_moving(mo
         expected = model.model.encode_text(model.tokenise(TEXTS))
         assert torch.equal(plain.encode_text(tokens), expected)
     shutil.move(folder, tmp_path / "moved")
-    again = towers.load(ModelConfig(name=str(tmp_path / "moved")))
+    again = models.load(ModelConfig(name=str(tmp_path / "moved")))
     state = again.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.model.state_dict().items())
     assert again.preprocess == model.preprocess
 
 
 def test_new_tokens_pool_at_the_real_end_of_text(tiny_clip: str, tmp_path: Path) -> None:
-    model = towers.load(ModelConfig(name=tiny_clip))
+    model = models.load(ModelConfig(name=tiny_clip))
     plain, before = "a jumper with buttons", model.model.state_dict()["token_embedding.weight"].clone()
     with torch.no_grad():
         old = model.text_embeddings(model.tokenise([plain]))
@@ -142,7 +143,7 @@ def test_new_tokens_pool_at_the_real_end_of_text(tiny_clip: str, tmp_path: Path)
     pieces = open_clip.get_tokenizer("ViT-B-32").encode("fairisle")
     torch.testing.assert_close(rows[49408], before[pieces].mean(0))
     model.save(tmp_path / "grown", final_path=str(tmp_path / "grown"))
-    again = towers.load(ModelConfig(name=str(tmp_path / "grown")))
+    again = models.load(ModelConfig(name=str(tmp_path / "grown")))
     assert torch.equal(again.tokenise(["a Fairisle jumper"]), model.tokenise(["a fairisle jumper"]))
     assert again.terms == ("fairisle", "gore-tex")
     plain_model = open_clip.create_model(f"local-dir:{tmp_path / 'grown'}").eval()
@@ -153,7 +154,7 @@ def test_new_tokens_pool_at_the_real_end_of_text(tiny_clip: str, tmp_path: Path)
 
 def test_without_pooling_at_the_end_the_text_after_a_new_token_would_be_lost(tiny_clip: str) -> None:
     """The control of the test above: open_clip's own pooling, at the highest id."""
-    model = towers.load(ModelConfig(name=tiny_clip))
+    model = models.load(ModelConfig(name=tiny_clip))
     model.add_terms(["fairisle"])
     model.model.text_pool_type = "argmax"
     with torch.no_grad():
@@ -165,22 +166,22 @@ def test_without_pooling_at_the_end_the_text_after_a_new_token_would_be_lost(tin
 
 def test_unknown_models_are_refused_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean.*ViT-B-32"):
-        towers.locate("ViT-B-23")
+        models.locate("ViT-B-23")
     with pytest.raises(UserError, match="neither a folder"):
-        towers.locate(str(tmp_path / "nowhere"))
+        models.locate(str(tmp_path / "nowhere"))
     broken = tmp_path / "broken.json"
     broken.write_text('{"embed_dim": 3}')
     with pytest.raises(UserError, match="vision_cfg and text_cfg"):
-        towers.load(ModelConfig(name=str(broken)))
+        models.load(ModelConfig(name=str(broken)))
     with pytest.raises(UserError, match="cannot be loaded"):
-        towers.load(ModelConfig(name="ViT-B-32", pretrained="no-such-tag"))
+        models.load(ModelConfig(name="ViT-B-32", pretrained="no-such-tag"))
 
 
 def test_terms_can_be_added_to_a_model_that_has_some(tiny_clip: str, tmp_path: Path) -> None:
-    model = towers.load(ModelConfig(name=tiny_clip))
+    model = models.load(ModelConfig(name=tiny_clip))
     model.add_terms(["fairisle"])
     model.save(tmp_path / "one", final_path=str(tmp_path / "one"))
-    again = towers.load(ModelConfig(name=str(tmp_path / "one")))
+    again = models.load(ModelConfig(name=str(tmp_path / "one")))
     text = ["a fairisle jumper"]
     old = again.tokenise(text)
     assert list(again.add_terms(["fairisle", "kurtadupatta"])) == ["kurtadupatta"]

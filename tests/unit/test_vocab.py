@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from clipdist.config import UserError
-from clipdist.vocab import BpeTokenizer, VocabularyConfig, grown_embedding, term_pattern
+from clipdist.vocab import TermTokenizer, VocabularyConfig, term_pattern
 
 TERMS = ("c++", "3.5mm", "(v-neck", "jacquard", "gore-tex", "gore", "고프코어룩", "fair isle")
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> BpeTokenizer:
-    return BpeTokenizer(open_clip.get_tokenizer("ViT-B-32"), TERMS)
+def tokenizer() -> TermTokenizer:
+    return TermTokenizer(open_clip.get_tokenizer("ViT-B-32"), TERMS, 49408)
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,12 @@ def test_matching(text: str, found: list[str]) -> None:
     assert [match.group() for match in term_pattern(TERMS).finditer(text)] == found
 
 
-def test_text_without_a_term_keeps_its_tokens(tokenizer: BpeTokenizer) -> None:
+def test_text_without_a_term_keeps_its_tokens(tokenizer: TermTokenizer) -> None:
     texts = ["a red coat & a blue hat!", "two jacquards", "", "x" * 500]
     assert torch.equal(tokenizer(texts), tokenizer.base(texts))
 
 
-def test_a_term_is_one_new_token_between_the_old_ones(tokenizer: BpeTokenizer) -> None:
+def test_a_term_is_one_new_token_between_the_old_ones(tokenizer: TermTokenizer) -> None:
     row = tokenizer(["a JACQUARD coat"])[0].tolist()
     ids = tokenizer.base.encode
     assert row[: row.index(tokenizer.base.eot_token_id)] == [
@@ -48,18 +48,10 @@ def test_a_term_is_one_new_token_between_the_old_ones(tokenizer: BpeTokenizer) -
     ]  # fmt: skip
 
 
-def test_long_text_ends_with_the_end_token(tokenizer: BpeTokenizer) -> None:
+def test_long_text_ends_with_the_end_token(tokenizer: TermTokenizer) -> None:
     row = tokenizer(["jacquard " * 200])[0].tolist()
     assert len(row) == 77
     assert row[-1] == tokenizer.base.eot_token_id
-
-
-def test_new_rows_are_means_and_old_rows_stay() -> None:
-    old = torch.nn.Embedding(10, 4)
-    grown = grown_embedding(old, [[1, 2], [3, 4, 5]])
-    assert torch.equal(grown.weight[:10], old.weight)
-    torch.testing.assert_close(grown.weight[11], old.weight[[3, 4, 5]].mean(0))
-    assert grown.weight.requires_grad
 
 
 def test_terms_come_from_both_places_each_once(tmp_path: object) -> None:
@@ -73,7 +65,7 @@ def test_terms_come_from_both_places_each_once(tmp_path: object) -> None:
 
 
 def test_letters_that_only_match_without_case_stay_ordinary_text() -> None:
-    tokenizer = BpeTokenizer(open_clip.get_tokenizer("ViT-B-32"), ("kimono", "mint"))
+    tokenizer = TermTokenizer(open_clip.get_tokenizer("ViT-B-32"), ("kimono", "mint"), 49408)
     for text in ("a KİMONO", "mınt leaf"):
         assert tokenizer([text]).shape == (1, 77)
 
