@@ -221,15 +221,17 @@ def _run_epoch(
         for number, local in enumerate(local_batches):
             rates = stages.learning_rates(stage, epoch * per_epoch + number, stage.epochs * per_epoch)
             batch = device_batch(run, local, features)
-            loss, norm = step.optimise(model, run.towers, optimizer, batch, rates, config.gradient_clip)
+            stepped = step.optimise(
+                model, run.towers, optimizer, batch, rates, config.gradient_clip, seed=config.seed + number
+            )
             seen += local.global_rows
             seconds = time.perf_counter() - started
             run.report(
                 {"event": "step", "stage": stage.name, "epoch": epoch + 1, "step_of_epoch": number + 1}
                 | {
                     "pairs": local.global_rows,
-                    "loss": loss,
-                    "gradient_norm": norm,
+                    "loss": stepped.loss,
+                    "gradient_norm": stepped.gradient_norm,
                     "learning_rate": max(rates.values()),
                 }
                 | {"logit_scale": float(run.towers.logit_scale()), "pairs_per_second": seen / seconds}
@@ -272,7 +274,7 @@ def device_batch(run: Run, local: LocalBatch, features: TowerOutputs | None) -> 
         size = run.towers.preprocess.size
         shown = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device)
         texts = run.towers.tokenise(["none"]).to(device)
-    return step.Batch(shown, texts, key_tensor, rows, local.global_rows, reused=features is not None)
+    return step.Batch(shown, texts, key_tensor, rows, local.global_rows, features is not None, features is not None)
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,14 @@ def dry_run(config: TrainConfig) -> list[tuple[str, str]]:
     optimizer = step.make_optimizer(model, stage.parts(), stage.weight_decay)
     batch = loop.device_batch(tiny, local, None)
     started = time.perf_counter()
-    loss, norm = step.optimise(
+    made = step.optimise(
         step.GlobalLoss(model, tiny.loss_name),
         model,
         optimizer,
         batch,
         dict.fromkeys(stage.parts(), 0.0),
         1.0,
+        seed=config.seed,
     )
     return [
         ("pairs", f"{manifest.written('pairs'):,}"),
@@ -103,7 +104,7 @@ def dry_run(config: TrainConfig) -> list[tuple[str, str]]:
         ("new tokens", f"{len(added)}: {', '.join(list(added)[:8])}"),
         (
             "one step on 8 pairs",
-            f"loss {loss:.4f}, gradient norm {norm:.3f}, {time.perf_counter() - started:.2f} s",
+            f"loss {made.loss:.4f}, gradient norm {made.gradient_norm:.3f}, {time.perf_counter() - started:.2f} s",
         ),
     ]
 

@@ -31,6 +31,7 @@ LEARN = [
     "planning",
     "vocab",
     "stages",
+    "positives",
     "loss",
     "collectives",
     "towers",
