@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,12 +36,30 @@ def gather_rows(local: Tensor, counts: list[int]) -> Tensor:
     return _GatherRows.apply(local, counts) if local.requires_grad else _gather(local, counts)
 
 
+def merge_log_sums(local: Tensor) -> Tensor:
+    """log sum exp over all ranks, element by element: [n] -> [n]; -inf where a rank has nothing. No gradient."""
+    return torch.logsumexp(gather_rows(local[None], [1] * world_size()), dim=0)
+
+
 def wrap(module: nn.Module) -> nn.Module:
     """DDP around `module`; build it anew whenever another set of parameters learns. `find_unused_parameters` also
-    keeps the bucket order of the first step, so that a resumed run sums in the same order."""
+    keeps the bucket order of the first step, so that a resumed run sums in the same order. Buffers do not change in
+    training, so they travel once, if at all, with the weights: ranks may run different numbers of forward passes."""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        module, find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What `wrap` was given."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Forward and backward passes in here add to this rank's gradients; the next pass outside sums over the ranks."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def barrier() -> None:
@@ -74,10 +93,11 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        most, pieces = max(ctx.counts), gradient.split(ctx.counts)
-        padded = torch.stack([_pad(piece, most) for piece in pieces])
-        summed = torch.empty_like(padded[0])
-        dist.reduce_scatter_tensor(summed, padded.flatten(0, 1).contiguous(), op=dist.ReduceOp.SUM)
+        most = max(ctx.counts)
+        if min(ctx.counts) < most:
+            gradient = torch.cat([_pad(piece, most) for piece in gradient.split(ctx.counts)])
+        summed = gradient.new_empty((most, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(summed, gradient.contiguous(), op=dist.ReduceOp.SUM)
         return summed[: ctx.counts[rank()]], None
 
 
@@ -87,6 +107,8 @@ def _gather(local: Tensor, counts: list[int]) -> Tensor:
         return local
     gathered = local.new_empty((len(counts) * most, *local.shape[1:]))
     dist.all_gather_into_tensor(gathered, _pad(local.detach(), most).contiguous())
+    if min(counts) == most:
+        return gathered
     blocks = gathered.unflatten(0, (len(counts), most))
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 

@@ -34,6 +34,7 @@ LEARN = [
     "planning",
     "vocab",
     "stages",
+    "positives",
     "loss",
     "collectives",
     "anatomy",
