@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from clipdist import models, storage
+from clipdist import storage
 from clipdist.towers import Towers
 
 OPTIMIZER, PROGRESS, COMPLETE = "optimizer.safetensors", "progress.json", "complete.json"
@@ -71,7 +71,7 @@ class Writer:
         local = storage.is_local(path)
         folder = Path(path) if local else Path(tempfile.mkdtemp(prefix="clipdist-checkpoint-")) / progress.name
         facts = {"stage": progress.stage_name, "step": progress.step}
-        digest = models.save(towers, folder, final_path=path, facts=facts)
+        digest = towers.save(folder, final_path=path, facts=facts)
         save_file({name: value.detach().cpu().contiguous() for name, value in optimizer.items()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
         self._pending = self._pool.submit(self._finish, path, folder, {"weights_sha256": digest, **asdict(progress)})

@@ -26,9 +26,9 @@ from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.evaluate import EvaluateConfig
 from clipdist.gallery import Section, Tile, gallery
-from clipdist.loop import TrainConfig
 from clipdist.plots import curves
 from clipdist.prepare import PrepareConfig
+from clipdist.recipe import TrainConfig
 from clipdist.report import duration, percent, table
 from clipdist.searcher import Hit, Searcher
 

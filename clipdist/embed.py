@@ -23,16 +23,17 @@ from pydantic import Field, field_validator, model_validator
 
 from clipdist import images, models, planning, runtime, storage
 from clipdist.config import Section, UserError, dump
-from clipdist.images import BadImage
+from clipdist.images import BadImage, Preprocess
 from clipdist.ledger import File, Ledger, Manifest, begin, read_manifest
-from clipdist.loop import ENCODE_ROWS, keep_freed_memory
+from clipdist.memory import keep_freed
 from clipdist.models import ModelConfig
+from clipdist.outputs import ENCODE_ROWS
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.schema import Stamp, embeddings_schema, recorded
 from clipdist.shards import encode_shard
 from clipdist.sources import SourceConfig, open_source
-from clipdist.towers import Preprocess, Towers
+from clipdist.towers import Towers
 
 READERS_PER_TASK = 8
 UNITS_PER_ENCODER = 4
@@ -167,7 +168,7 @@ class Encoder:
     def __init__(self, config: EmbedConfig, threads: int) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
-            keep_freed_memory()
+            keep_freed()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = models.load(config.model).to(self.device).requires_grad_(False)
         self.config = config

@@ -53,11 +53,12 @@ class History:
         self.lines.append(event)
 
     def _step(self, event: dict[str, Any]) -> None:
-        shown = {name: event[name] for name in ("stage", "epoch", "loss", "pairs_per_second", "data_wait") if name in event}
+        names = ("stage", "epoch", "loss", "pairs_per_second", "data_wait")
+        shown = {name: event[name] for name in names if name in event}
         self.bar.advance(event["pairs"], **shown)
         if event["step"] % self.config.log_every_steps == 0 or event["step"] == 1:
             self.lines.append(event)
-            self._draw(event, ("loss", "gradient_norm", "learning_rate", "logit_scale", "pairs_per_second", "data_wait"))
+            self._draw(event, ("gradient_norm", "learning_rate", "logit_scale", *names[2:]))
         if "data_wait" in event:
             self.facts["data_wait"] = event["data_wait"]
         self.facts["memory_bytes"] = max(event["memory_bytes"], self.facts.get("memory_bytes", 0))

@@ -10,6 +10,7 @@ import io
 import re
 import threading
 import warnings
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -144,6 +145,22 @@ def fit(
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.array(image.resize((width, height), method).crop((left, top, left + size, top + size)))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a decoded picture becomes the image tower's input; stands in every stamp."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["bicubic", "bilinear", "nearest"]
+    resize_mode: Literal["shortest", "longest", "squash"]
+    fill_color: int
+
+    def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
+        """RGB picture -> uint8 [size, size, 3]; the towers normalise on their device."""
+        return fit(picture, self.size, self.resize_mode, self.interpolation, self.fill_color)
 
 
 def thumbnail(image: Image.Image, side: int) -> bytes:

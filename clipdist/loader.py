@@ -22,12 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipdist import images
 from clipdist.augment import AugmentConfig, augment
+from clipdist.images import Preprocess
 from clipdist.lanes import EpochOrder, Indices, batch_bounds, own_lanes
 from clipdist.reader import Lane, Rows
 from clipdist.retrieval import normal_caption
 from clipdist.stages import steps_per_epoch
-
-Preprocess = Callable[[Image.Image], NDArray[np.uint8]]
 
 Picture = tuple[int, str, bytes]
 """Epoch, id, encoded bytes."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from clipdist import checkpoint, collectives, memory, models, outputs, stages, storage
 from clipdist.checkpoint import Progress
 from clipdist.interpolate import best_alpha, interpolated
+from clipdist.lanes import DEFAULT_LANES
 from clipdist.ledger import Manifest, read_manifest
 from clipdist.loader import Loader, LocalBatch, Shares
 from clipdist.models import ModelConfig
@@ -63,7 +64,15 @@ def _run_stage(
         position = Progress(index, settings.name, 0, position.step)
     stage = open_stage(run, index, position, state)
     position = replace(position, micro_batch_size=stage.micro_batch_size)
-    shares = Shares(config.seed, index, config.batch_size_of(settings), stage.steps, config.lanes or 1, collectives.rank(), collectives.world_size())  # fmt: skip
+    shares = Shares(
+        config.seed,
+        index,
+        config.batch_size_of(settings),
+        stage.steps,
+        config.lanes or DEFAULT_LANES,
+        collectives.rank(),
+        collectives.world_size(),
+    )
     preprocess = None if stage.reused[0] else run.towers.preprocess
     loader = Loader(stage.rows, shares, preprocess, settings.augment, run.worker.decoders)
     meter, epoch_started = Meter(loader), time.perf_counter()
@@ -143,6 +152,7 @@ def device_batch(run: Run, stage: Stage, local: LocalBatch) -> Batch:
             return outputs.chosen(values, counts, local.choices)
         return outputs.matrix(values)
 
+    shown: Tensor | None
     if not rows:
         shown, told = _one_row(run, stage)
     else:

@@ -21,7 +21,8 @@ from pydantic import Field
 
 from clipdist import image_size, storage
 from clipdist.config import Section, UserError
-from clipdist.towers import CONFIG, OWN, WEIGHTS, Preprocess, Towers
+from clipdist.images import Preprocess
+from clipdist.towers import CONFIG, OWN, WEIGHTS, Towers
 
 CANNOT_LOAD = (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError, ImportError)
 

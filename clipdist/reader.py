@@ -68,9 +68,8 @@ class LocalCache:
     def read(self, groups: RowGroups, group: int) -> pa.Table:
         key = f"{groups.files[group]}:{groups.indices[group]}:{groups.columns}"
         path = self.folder / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        with contextlib.suppress(OSError):
-            with pa.memory_map(str(path)) as source:
-                return pa.ipc.open_file(source).read_all()
+        with contextlib.suppress(OSError), pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
         table = groups.read(group)
         if table.nbytes <= self.free_bytes:
             self._keep(table, path)

@@ -203,7 +203,10 @@ def pairs_seen(config: TrainConfig, train_rows: int, stage: int, stage_step: int
     return seen
 
 
-HARMLESS = ("output", "pairs", "workers", "reuse_frozen_features", "checkpoints", "log_every_steps", "tensorboard", "speed")
+HARMLESS = (
+    *("output", "pairs", "workers", "speed"),
+    *("reuse_frozen_features", "checkpoints", "log_every_steps", "tensorboard"),
+)
 """Settings that may change between a run and its resumption: they do not change the result (to rounding)."""
 
 

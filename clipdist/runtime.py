@@ -53,7 +53,7 @@ class Scale:
     cores: int
 
     @property
-    def resources(self) -> dict[str, float]:
+    def resources(self) -> dict[str, int]:
         return {"CPU": self.cores} | ({"GPU": 1} if self.use_gpu else {})
 
     @property

@@ -15,13 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from clipdist import batches, images, models, storage
+from clipdist import images, models, storage
 from clipdist.config import UserError
 from clipdist.ledger import read_manifest
 from clipdist.models import ModelConfig
+from clipdist.outputs import row_groups
+from clipdist.reader import RowGroups
 from clipdist.towers import Towers
 
 DIM, TEXT_LENGTH, LOGIT_SCALE, RIDGE = 384, 32, 1 / 0.07, 1e-3
@@ -38,14 +41,25 @@ OUTSIDE_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_
 def make_from_pairs(pairs: str, output: str, image_size: int) -> list[tuple[str, str]]:
     """Fits the starter to the training pictures of `pairs` (no caption is read) and saves it at `output`."""
     manifest = read_manifest(storage.absolute(pairs), "pairs")
-    train = batches.read_pairs(manifest, "train", max_rows=MAX_PICTURES)
-    model = make([train.image(row) for row in range(len(train))], image_size)
+    pictures = _some_pictures(row_groups(manifest, "train", ["image"]))
+    model = make(pictures, image_size)
     folder = Path(storage.absolute(output))
     if (folder / "clipdist.json").exists():
         raise UserError(f"{output}: this folder already holds something; choose an empty or new one")
     model.save(folder, final_path=str(folder))
     values = sum(parameter.numel() for parameter in model.parameters())
-    return [("model", str(folder)), ("values", f"{values:,}"), ("fitted to", f"{len(train):,} pictures")]
+    return [("model", str(folder)), ("values", f"{values:,}"), ("fitted to", f"{len(pictures):,} pictures")]
+
+
+def _some_pictures(groups: RowGroups) -> list[bytes]:
+    """MAX_PICTURES of all row groups, evenly drawn, or all when there are fewer."""
+    every = max(1.0, sum(groups.rows) / MAX_PICTURES)
+    found: list[bytes] = []
+    for _, table in groups.read_ahead(range(len(groups))):
+        wanted = max(1, round(len(table) / every))
+        rows = np.linspace(0, len(table) - 1, wanted).astype(np.int64)
+        found += table.column("image").take(pa.array(rows)).to_pylist()
+    return found
 
 
 def make(pictures: Sequence[bytes], image_size: int) -> Towers:

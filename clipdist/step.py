@@ -1,10 +1,10 @@
-"""One optimisation step: the model that DDP wraps, the optimizer's groups, and the step itself."""
+"""One optimisation step: the model that DDP wraps, micro-batches with cached embeddings, and the step itself."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
@@ -107,30 +107,6 @@ def _distance_to_teacher(images: Tensor, texts: Tensor, batch: Batch) -> Tensor:
     pairs = zip((images, texts), batch.teacher, strict=True)
     cosines = [(rows * F.normalize(taught[: batch.rows].to(rows.dtype), dim=-1)).sum(dim=-1) for rows, taught in pairs]
     return ((1 - cosines[0]) + (1 - cosines[1])).sum() / 2
-
-
-def set_learning(towers: Towers, parts: Sequence[Part]) -> int:
-    """Exactly these parts learn; the others are frozen. Returns the number of learning values."""
-    count = 0
-    for part, parameters in towers.parts().items():
-        for _, parameter in parameters:
-            parameter.requires_grad_(part in parts)
-            parameter.grad = None
-            count += parameter.numel() if part in parts else 0
-    return count
-
-
-def make_optimizer(towers: Towers, parts: Sequence[Part], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with one group per part and per decay: matrices decay; biases, norms and logit_scale do not."""
-    groups = []
-    for part, parameters in towers.parts().items():
-        if part not in parts:
-            continue
-        for decays in (True, False):
-            chosen = [p for _, p in parameters if (p.ndim >= 2 and part != "logit_scale") is decays]
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": weight_decay if decays else 0.0, "part": part})
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=False)
 
 
 @dataclass(frozen=True)

@@ -8,40 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipdist import anatomy, image_size, images
+from clipdist import anatomy, image_size
 from clipdist.config import UserError
+from clipdist.images import Preprocess
 from clipdist.stages import PARTS, Part
 from clipdist.vocab import SplitEmbedding, Start, TermTokenizer, first_rows, key, pieces, unknown_id
 
 CONFIG, WEIGHTS, OWN = "open_clip_config.json", "open_clip_model.safetensors", "clipdist.json"
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How a decoded picture becomes the image tower's input; stands in every stamp."""
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: Literal["bicubic", "bilinear", "nearest"]
-    resize_mode: Literal["shortest", "longest", "squash"]
-    fill_color: int
-
-    def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
-        """RGB picture -> uint8 [size, size, 3]; the towers normalise on their device."""
-        return images.fit(picture, self.size, self.resize_mode, self.interpolation, self.fill_color)
 
 
 class Towers(nn.Module):

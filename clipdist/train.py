@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -33,11 +32,16 @@ from clipdist.config import UserError, dump
 from clipdist.history import History
 from clipdist.lanes import DEFAULT_LANES
 from clipdist.ledger import Manifest, read_manifest, refuse_other_stamp
+from clipdist.loader import Loader, Shares
 from clipdist.loop import run_stages
-from clipdist.opening import Worker
+from clipdist.opening import PAIR_COLUMNS, Worker
+from clipdist.optimizer import make_optimizer, set_learning
+from clipdist.outputs import row_groups
 from clipdist.progress import Progress
+from clipdist.reader import RowGroups, Rows
 from clipdist.recipe import TrainConfig
 from clipdist.schema import Stamp, recorded
+from clipdist.step import Batch, GlobalLoss, optimise
 from clipdist.towers import Towers
 from clipdist.vocab import VocabularyConfig
 
@@ -74,6 +78,34 @@ def read_result(output: str) -> dict[str, Any]:
 
 def summary(output: str, result: dict[str, Any]) -> str:
     return history.summary(output, result)
+
+
+def dry_run(config: TrainConfig) -> list[tuple[str, str]]:
+    """Opens the pairs, builds the model and runs one tiny step in this process; writes nothing."""
+    manifest = _checked_pairs(config)
+    towers = _checked_model(config, manifest)
+    stage = recipe.resolved(config, towers, 1).stages[-1]
+    learning = set_learning(towers, stage)
+    groups = row_groups(manifest, "train", (*PAIR_COLUMNS, "image"))
+    first = RowGroups(groups.files[:1], groups.indices[:1], groups.rows[:1], groups.columns)
+    shares = Shares(config.seed, 0, 8, 1, 1, 0, 1)
+    rows = Rows([first], in_memory=True)
+    local = next(Loader(rows, shares, towers.preprocess, stage.augment, decoders=0).batches())
+    assert local.pixels is not None
+    batch = Batch(local.pixels, towers.tokenise(local.captions), local.keys, local.rows, local.global_rows)
+    optimizer = make_optimizer(learning, stage.weight_decay, fused=True)
+    loss, started = GlobalLoss(towers, config.loss_of(towers)), time.perf_counter()
+    rates = dict.fromkeys(stage.parts(), 0.0)
+    stepped = optimise(loss, towers, optimizer, batch, rates, config.gradient_clip, seed=0)
+    seconds, learns = time.perf_counter() - started, sum(one.parameter.numel() for one in learning)
+    values = sum(parameter.numel() for parameter in towers.parameters())
+    return [
+        ("pairs", f"{manifest.written('pairs'):,}"),
+        ("model", f"{values:,} values, {learns:,} learn in {stage.name}"),
+        ("input", f"{towers.preprocess.size} x {towers.preprocess.size} px, {towers.text_length} tokens"),
+        ("new tokens", f"{len(towers.terms)}: {', '.join(towers.terms[:8])}"),
+        ("one step", f"{local.rows} pairs, loss {stepped.loss:.4f}, {seconds:.2f} s"),
+    ]
 
 
 def derived(config: TrainConfig) -> list[tuple[str, str]]:
@@ -179,7 +211,8 @@ def _lanes(config: TrainConfig, workers: int) -> int:
             f"worker; use at most {lanes} workers, or a new output"
         )
     if lanes % workers:
-        print(f"note: {lanes} lanes are not shared evenly by {workers} workers; lanes={-(-lanes // workers) * workers} would be", file=sys.stderr)
+        even = -(-lanes // workers) * workers
+        print(f"note: {workers} workers share {lanes} lanes unevenly; with lanes={even} none waits", file=sys.stderr)
     return lanes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,8 @@ class HeldOut:
         rows = sum(self.groups.rows)
         if self.max_rows is None or self.max_rows >= rows:
             return np.arange(rows)
-        return np.linspace(0, rows - 1, self.max_rows).astype(np.int64)
+        wanted: Indices = np.linspace(0, rows - 1, self.max_rows).astype(np.int64)
+        return wanted
 
     @cached_property
     def _starts(self) -> Indices:
@@ -80,7 +82,8 @@ class HeldOut:
     def _kept(self, group: int) -> Indices:
         """Rows of the group that count."""
         first, last = np.searchsorted(self._rows, self._starts[group : group + 2])
-        return self._rows[first:last] - self._starts[group]
+        kept: Indices = self._rows[first:last] - self._starts[group]
+        return kept
 
     @cached_property
     def _table(self) -> pa.Table:
@@ -114,7 +117,7 @@ class HeldOut:
     def _text_order(self) -> Indices:
         texts = np.bincount(self._gallery.pair_of_text, minlength=len(self))
         ends = np.cumsum([0, *(len(self._kept(group)) for group in range(len(self.groups)))])
-        return self._rank_order(np.array([texts[a:b].sum() for a, b in zip(ends[:-1], ends[1:], strict=True)]))
+        return self._rank_order(np.array([texts[a:b].sum() for a, b in pairwise(ends)]))
 
     def _rank_order(self, counts: Indices) -> Indices:
         starts, world_size = np.cumsum([0, *counts]), collectives.world_size()

@@ -20,8 +20,8 @@ from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.evaluate import EvaluateConfig
 from clipdist.ledger import read_manifest
-from clipdist.loop import TrainConfig
 from clipdist.prepare import PrepareConfig
+from clipdist.recipe import TrainConfig
 from clipdist.search import Index
 from clipdist.searcher import Searcher
 from tests.conftest import write_shapes

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from clipdist.config import Section, UserError, differences, dump, explain, flatten, load
 from clipdist.embed import CatalogConfig, EmbedConfig
 from clipdist.evaluate import EvaluateConfig
-from clipdist.loop import TrainConfig, ValidationConfig
 from clipdist.models import ModelConfig
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.prepare import PrepareConfig
+from clipdist.recipe import TrainConfig, ValidationConfig
 from clipdist.sources import SourceConfig
 from clipdist.stages import StageConfig
 from clipdist.vocab import VocabularyConfig
