@@ -199,8 +199,8 @@ def whole_groups(units: Iterable[pa.Table], columns: ColumnsConfig) -> Iterator[
         example = next(iter(torn.values()))
         raise UserError(
             f"columns.split: {len(torn):,} of {len(splits):,} groups ({columns.group}) are in more than one split, "
-            f"such as {example}. Products that were trained on would be measured as if held out: give all rows of a group "
-            "one split, or set columns.split=null (by hash of the group) or columns.group=null"
+            f"such as {example}. Products that were trained on would be measured as if held out: give all rows "
+            "of a group one split, or set columns.split=null (by hash of the group) or columns.group=null"
         )
 
 
