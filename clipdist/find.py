@@ -47,6 +47,7 @@ def run(config: SearchConfig) -> None:
         raise UserError("give a query: --text TEXT or --image FILE_OR_URL")
     if config.texts and config.find == "texts":
         raise UserError("texts find images; --for texts is for picture queries")
+    _check_writable(config.html)
     pictures = {name: open_picture(name, allow_private_hosts=config.allow_private_hosts) for name in config.images}
     searcher = Searcher(config.embeddings, config.model, allow_private_hosts=config.allow_private_hosts)
     answers: list[tuple[str, Sequence[Hit]]] = []
@@ -88,14 +89,25 @@ def _print(config: SearchConfig, query: str, hits: Sequence[Hit]) -> None:
     print(f"{query}\n{table(['rank', 'score', 'id', 'description'], rows, max_width=118)}\n")
 
 
+def _check_writable(html: str | None) -> None:
+    """UserError before the work and not after it, when the gallery's file cannot be written."""
+    if html is None:
+        return
+    path = Path(html)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"html: {path}: cannot be written: {error.strerror}") from None
+
+
 def _write_gallery(config: SearchConfig, answers: Sequence[tuple[str, Sequence[Hit]]], pictures: dict) -> None:  # type: ignore[type-arg]
     path = Path(config.html or "")
     sections = []
     for query, hits in answers:
         tiles = [Tile(hit.picture_or_none(), hit.description or "", hit.score, id=hit.id) for hit in hits]
         sections.append(GallerySection(query, tiles, picture=pictures.get(query)))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        gallery(path, title="Search", intro=f"{config.embeddings}", sections=sections)
-    except OSError as error:
-        raise UserError(f"html: {path}: cannot be written: {error.strerror}") from None
+    gallery(path, title="Search", intro=f"{config.embeddings}", sections=sections)

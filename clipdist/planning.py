@@ -37,7 +37,8 @@ class ColumnsConfig(Section):
     """Column with the product id: rows of a group are right answers for each other and stay in one split; null: each
     row is its own group."""
     split: str | None = None
-    """Column with the split of each row (train, validation, test); null: by hash of the group, see `split`."""
+    """Column with the split of each row (train, validation, test), the same for all rows of a group; null: by hash of
+    the group, see `split`."""
     keep: tuple[str, ...] = ()
     """Columns to carry along for filters and reports: `colour`, or with a type `price:float` (string, int, float,
     bool)."""
@@ -178,6 +179,29 @@ def not_empty(units: Iterable[pa.Table], path: str) -> Iterator[pa.Table]:
         yield unit
     if not rows:
         raise UserError(f"{path}: the input holds no row")
+
+
+def whole_groups(units: Iterable[pa.Table], columns: ColumnsConfig) -> Iterator[pa.Table]:
+    """The same units. UserError after the last when a column puts rows of one group into several splits: what is held
+    out would hold products that were trained on. Memory: a hash per group, where columns name both."""
+    splits: dict[bytes, str] = {}
+    torn: dict[bytes, str] = {}
+    for unit in units:
+        if columns.group and columns.split:
+            for row in unit.select(["group", "split", "reason"]).to_pylist():
+                if row["group"] is None or row["reason"] is not None:
+                    continue
+                key = hashlib.blake2b(row["group"].encode(), digest_size=8).digest()
+                if (first := splits.setdefault(key, row["split"])) != row["split"]:
+                    torn.setdefault(key, f'"{row["group"]}", which is in {first} and in {row["split"]}')
+        yield unit
+    if torn:
+        example = next(iter(torn.values()))
+        raise UserError(
+            f"columns.split: {len(torn):,} of {len(splits):,} groups ({columns.group}) are in more than one split, "
+            f"such as {example}. Products that were trained on would be measured as if held out: give all rows "
+            "of a group one split, or set columns.split=null (by hash of the group) or columns.group=null"
+        )
 
 
 def plan_schema(columns: ColumnsConfig) -> pa.Schema:

@@ -69,11 +69,12 @@ def run(config: PrepareConfig) -> Manifest:
     """Makes the pairs at `config.output`, or goes on with them, or finds them finished."""
     source, templates = _open(config)
     output = storage.absolute(config.output)
-    ledger = begin(
-        output,
-        _stamp(config, source, templates),
-        lambda: (planning.not_empty(_plan(config, source, templates), config.source.path), {}),
-    )
+
+    def plan() -> tuple[Iterator[pa.Table], dict[str, Any]]:
+        units = planning.not_empty(_plan(config, source, templates), config.source.path)
+        return planning.whole_groups(units, config.columns), {}
+
+    ledger = begin(output, _stamp(config, source, templates), plan)
     if storage.names(storage.join(output, "manifests")):
         return read_manifest(output)
     runtime.save_config(output, dump(config.model_copy(update={"output": output, "source": source.absolute_config()})))

@@ -18,6 +18,7 @@ from clipdist.ranks import positive_ranks
 
 Embeddings = NDArray[np.float32]
 EVERY = slice(None)
+KS = (1, 5, 10)
 
 POSITIVES = "a hit is any row of the same group (product) or with the same caption"
 
@@ -71,7 +72,7 @@ def query_values(
     found: dict[str, Floats] = {}
     for direction, (queries, gallery) in {"text_to_image": (texts, images), "image_to_text": (images, texts)}.items():
         right = relevance[direction]
-        values = metrics.query_values(positive_ranks(queries[share], gallery, right), right)
+        values = metrics.query_values(positive_ranks(queries[share], gallery, right, best=max(KS)), right, KS)
         found |= {f"{direction}/{name}": value for name, value in values.items()}
     return found
 

@@ -165,6 +165,21 @@ def test_ranks_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float32_only != expected, "control: this data must need exact scores"
 
 
+def test_ranking_only_the_best_positives_changes_no_metric() -> None:
+    """Many positives, many of them equal. The control: fewer than k are not enough."""
+    rng = np.random.default_rng(13)
+    queries, gallery = random_unit(30, 6, 14), random_unit(400, 6, 15)
+    gallery[rng.integers(400, size=150)] = gallery[rng.integers(400, size=150)]
+    sets = [{int(row) for row in rng.choice(400, size, replace=False)} for size in [0, 1, 9, 10, 11, 300] * 5]
+    relevance = relevance_of(sets)
+    everything = positive_ranks(queries, gallery, relevance)
+    best = positive_ranks(queries, gallery, relevance, best=10)
+    assert summary(best, relevance) == summary(everything, relevance)
+    assert set(best[best != everything].tolist()) == {401}
+    assert np.bincount(np.repeat(np.arange(30), relevance.counts)[best <= 400]).max() == 10
+    assert summary(positive_ranks(queries, gallery, relevance, best=4), relevance) != summary(everything, relevance)
+
+
 def test_of_equal_scores_the_lower_row_comes_first() -> None:
     gallery = np.repeat(random_unit(1, 8, 6), 10, axis=0)
     relevance = relevance_of([{0}, {9}, {3, 4, 7}])

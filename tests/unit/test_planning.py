@@ -312,6 +312,38 @@ def test_a_split_column_goes_before_the_hash(tmp_path: Path) -> None:
     assert given == {"train": {"train"}, "test": {"test"}, None: {"train", "validation"}}
 
 
+def test_a_column_that_tears_groups_is_refused_with_an_example(tmp_path: Path) -> None:
+    """Also where one row has a split and the others get theirs by hash; not where the torn row is a reject."""
+
+    def units(parts: list[tuple[str | None, str | None]], columns: ColumnsConfig) -> Iterator[pa.Table]:
+        rows = [
+            row | {"product": group, "part": part} for row, (group, part) in zip(pairs(len(parts)), parts, strict=True)
+        ]
+        split = SplitConfig(validation=0.0)
+        plan = planning.plan_units(source_of(tmp_path, rows), columns, ("{title}",), split, 2)
+        return planning.whole_groups(plan, columns)
+
+    both = ColumnsConfig(group="product", split="part")
+    torn = [
+        ("a", "train"),
+        ("b", "train"),
+        ("b", "train"),
+        ("a", "test"),
+        ("c", "validation"),
+        ("c", None),
+        (None, "test"),
+    ]
+    with pytest.raises(UserError) as caught:
+        list(units(torn, both))
+    told = str(caught.value)
+    assert '2 of 3 groups (product) are in more than one split, such as "a", which is in train and in test' in told
+    assert "columns.split=null" in told
+    whole = [("a", "train"), ("b", "test"), ("a", "train"), (None, "train"), (None, "test"), ("a", "no / split")]
+    assert sum(len(unit) for unit in units(whole, both)) == 6
+    for columns in (ColumnsConfig(split="part"), ColumnsConfig(group="product")):
+        assert sum(len(unit) for unit in units(torn, columns)) == 7
+
+
 def test_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(ValidationError, match="leave nothing to train on"):
         SplitConfig(validation=0.5, test=0.5)
