@@ -30,6 +30,7 @@ LEARN = [
     "sources",
     "planning",
     "vocab",
+    "propose",
     "stages",
     "loss",
     "collectives",
