@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   clipdist embed jobs/embed.yaml --explain             every value, where it comes from, what it means
   clipdist search runs/embeddings --text "red summer dress" --html hits.html
   clipdist info runs/pairs                             what any folder of clipdist is
+  clipdist vocab runs/pairs                            words of your captions that may deserve a token of their own
 """
 
 
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("path")
     info.add_argument("--format", choices=("table", "json"), default="table")
     info.set_defaults(run=_run_info)
+    _vocab_command(commands.add_parser("vocab", help="words of the captions that may deserve a token of their own"))
     demo = commands.add_parser("demo", help="the whole journey on emoji pictures (needs the extra `demo`)")
     demo.add_argument("folder", nargs="?", default="clipdist-demo", help="where everything goes (clipdist-demo)")
     demo.set_defaults(run=_run_demo)
@@ -122,6 +124,26 @@ def _parser() -> argparse.ArgumentParser:
     starter.add_argument("--image-size", type=int, default=128, help="pixels per side (128)")
     starter.set_defaults(run=_run_starter)
     return parser
+
+
+def _vocab_command(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Proposes domain terms: words that are frequent in the training captions and that the model's\n"
+        "tokenizer breaks into many pieces, those first that save the most tokens (count x (pieces - 1)).\n"
+        "Look through them before use."
+    )
+    command.epilog = (
+        "examples:\n  clipdist vocab runs/pairs\n"
+        "  clipdist vocab runs/pairs --model ViT-L-14 --top 200 --min-count 20 --out terms.txt\n"
+        "  clipdist train jobs/train.yaml vocabulary.file=terms.txt\n"
+    )
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("pairs", help="folder of pairs, made by `clipdist prepare`")
+    command.add_argument("--model", default="ViT-B-32", metavar="NAME", help="whose tokenizer: a name as in model.name")
+    command.add_argument("--top", type=int, default=50, help="words shown and written (50)")
+    command.add_argument("--min-count", type=int, default=5, help="how often a word must stand in the captions (5)")
+    command.add_argument("--out", metavar="FILE", help="also write a terms file, for vocabulary.file")
+    command.set_defaults(run=_run_vocab)
 
 
 def _job_epilog(name: str) -> str:
@@ -226,6 +248,23 @@ def _run_info(options: argparse.Namespace) -> int:
 
     found = describe(options.path)
     print(json.dumps(found, indent=1, default=str) if options.format == "json" else show(found))
+    return 0
+
+
+def _run_vocab(options: argparse.Namespace) -> int:
+    from clipdist import ledger, models, propose, storage
+
+    if options.top < 1 or options.min_count < 1:
+        raise UserError("--top and --min-count: expected whole numbers from 1 up")
+    manifest = ledger.read_manifest(storage.absolute(options.pairs), "pairs")
+    tokenizer, known = models.load_tokenizer(options.model)
+    counts = propose.words(propose.captions(manifest))
+    found = propose.propose(counts, tokenizer, known, options.min_count)
+    if options.out:
+        propose.write_terms(found[: options.top], options.out)
+    print(propose.as_table(found[: options.top]))
+    more = f"; the first {options.top} are shown" if len(found) > options.top else ""
+    print(f"\n{len(found):,} of {len(counts):,} words are more than one token and stand there often enough{more}")
     return 0
 
 

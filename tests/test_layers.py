@@ -33,6 +33,7 @@ LEARN = [
     "sources",
     "planning",
     "vocab",
+    "propose",
     "stages",
     "positives",
     "loss",
