@@ -171,7 +171,8 @@ def _backward(model: nn.Module, batch: Batch, seed: int, micro_batch_size: int) 
         embedded = [_embed(model, part, seed, number) for number, part in enumerate(parts)]
         images, texts = torch.cat([one.images for one in embedded]), torch.cat([one.texts for one in embedded])
     joined = Embedded(images, texts, *embedded[0][2:])
-    detached = [x if x is None else x.detach().requires_grad_(x.requires_grad or not whole) for x in joined]
+    # All ask for their gradient, frozen or not: the backward of the gather needs every rank.
+    detached = [x if x is None else x.detach().requires_grad_() for x in joined]
     leaves = Embedded(*cast(list[Tensor], detached))
     loss = cast(GlobalLoss, collectives.unwrapped(model)).value(leaves, batch)
     loss.backward()

@@ -25,6 +25,7 @@ class TinyModel(nn.Module):
             self.text_norm = nn.LayerNorm(WIDTH, dtype=torch.float64)
             self.image_projection = nn.Parameter(torch.randn(WIDTH, DIM, dtype=torch.float64))
             self.text_projection = nn.Parameter(torch.randn(WIDTH, DIM, dtype=torch.float64))
+        self.register_buffer("mean", torch.tensor(0.5, dtype=torch.float64))  # DDP sends buffers, so there must be one
         self.logit_scale = nn.Parameter(torch.tensor(1.7, dtype=torch.float64))
         self.logit_bias = nn.Parameter(torch.tensor(-1.2, dtype=torch.float64))
 
@@ -32,9 +33,9 @@ class TinyModel(nn.Module):
 class TinyTowers(nn.Module):
     """Stands in for `Towers`: the same methods, as far as losses and steps use them."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.model = TinyModel()
+        self.model, self.dropout = TinyModel(), dropout
 
     def logit_scale(self) -> Tensor:
         return self.model.logit_scale.exp()
@@ -43,7 +44,7 @@ class TinyTowers(nn.Module):
         return self.model.logit_bias
 
     def image_tower_output(self, images: Tensor) -> Tensor:
-        return torch.tanh(self.model.image_tower(images))
+        return F.dropout(torch.tanh(self.model.image_tower(images - self.model.mean)), self.dropout)
 
     def project_image(self, output: Tensor) -> Tensor:
         return output @ self.model.image_projection
@@ -81,22 +82,25 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """Pairs. `groups` and `captions`: equal numbers are the same product, the same caption; group 0 is none."""
+    """Pairs. `groups` and `captions`: equal numbers are the same product, the same caption; group 0 is none. `taught`:
+    what a teacher makes of the images and texts, not normalised."""
 
     images: Tensor
     tokens: Tensor
     groups: list[int]
     captions: list[int]
+    taught: tuple[Tensor, Tensor]
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def take(self, rows: list[int]) -> "Rows":
         groups, captions = [self.groups[row] for row in rows], [self.captions[row] for row in rows]
-        return Rows(self.images[rows], self.tokens[rows], groups, captions)
+        taught = self.taught[0][rows], self.taught[1][rows]
+        return Rows(self.images[rows], self.tokens[rows], groups, captions, taught)
 
     def keys(self) -> Tensor:
-        return torch.tensor([self.groups, self.captions], dtype=torch.int64).T
+        return torch.tensor([self.groups, self.captions], dtype=torch.int64).T.contiguous()
 
 
 def make_rows(count: int, duplicates: bool) -> Rows:
@@ -105,7 +109,8 @@ def make_rows(count: int, duplicates: bool) -> Rows:
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(count, PIXELS, dtype=torch.float64, generator=generator)
     tokens = torch.randint(VOCABULARY, (count, TOKENS), generator=generator)
-    rows = Rows(images, tokens, [0] * count, [100 + row for row in range(count)])
+    taught = torch.randn(2, count, DIM, dtype=torch.float64, generator=generator)
+    rows = Rows(images, tokens, [0] * count, [100 + row for row in range(count)], (taught[0], taught[1]))
     if not duplicates:
         return rows
     groups = [[1, 0, 2, 2, 1, 0, 0, 3, 0][row % 9] for row in range(count)]
@@ -122,8 +127,18 @@ def right_answers(rows: Rows) -> list[set[int]]:
     return found
 
 
-def textbook_loss(towers: TinyTowers, rows: Rows, loss: str) -> Tensor:
-    """The mean loss of all rows in one process."""
+def textbook_loss(towers: TinyTowers, rows: Rows, loss: str, distillation: float = 0.0) -> Tensor:
+    """The mean loss of all rows in one process, with `distillation` x the mean distance to the teacher."""
+    value = _textbook_loss(towers, rows, loss)
+    shown, written = (
+        towers.project_image(towers.image_tower_output(rows.images)),
+        towers.project_text(towers.text_tower_output(rows.tokens)),
+    )
+    near = [F.cosine_similarity(*pair) for pair in zip((shown, written), rows.taught, strict=True)]
+    return value + distillation * (1 - (near[0] + near[1]) / 2).mean()
+
+
+def _textbook_loss(towers: TinyTowers, rows: Rows, loss: str) -> Tensor:
     images = F.normalize(towers.project_image(towers.image_tower_output(rows.images)), dim=1)
     texts = F.normalize(towers.project_text(towers.text_tower_output(rows.tokens)), dim=1)
     right = right_answers(rows)

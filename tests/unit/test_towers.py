@@ -1,7 +1,10 @@
-"""Towers of open_clip: encoded as open_clip does, cut at the projection, saved and loaded in plain open_clip."""
+"""Towers of open_clip, of every family: encoded as open_clip does, cut at the projection, grown by terms, shortened,
+and with switches that change speed or memory but no number."""
 
-import json
+import copy
 import shutil
+import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,98 +12,95 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from clipdist import models
 from clipdist.config import UserError
-from clipdist.models import ModelConfig
+from clipdist.stages import PARTS
 from clipdist.towers import Towers
+from tests.unit import zoo
 
-TEXTS = ["a red dress", "two black shoes on a white table", ""]
-TINY_TIMM = {
-    "embed_dim": 32,
-    "custom_text": True,
-    "vision_cfg": {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
-    "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
-}
-TINY_RESNET = {
-    "embed_dim": 32,
-    "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64},
-    "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
-}
-TINY_SIGLIP = {
-    "embed_dim": 64,
-    "init_logit_bias": -10,
-    "custom_text": True,
-    "vision_cfg": {
-        "timm_model_name": "vit_tiny_patch16_224",
-        "timm_pool": "map",
-        "timm_proj": "none",
-        "image_size": 64,
-    },
-    "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 1, "proj_bias": True},
-}
+torch.set_num_threads(1)
+TEXTS = ["a red coat", "a book and a dress of mm", "c"]
+FAMILIES = [*zoo.CONFIGS, "hugging_face"]
+PLAIN, OTHER = "a fairisle coat with red", "a fairisle coat with book"
 
 
-@pytest.fixture(params=["vit", "timm", "resnet"])
-def model(request: pytest.FixtureRequest, tiny_clip: str, tmp_path: Path) -> Towers:
-    if request.param == "vit":
-        return models.load(ModelConfig(name=tiny_clip))
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"timm": TINY_TIMM, "resnet": TINY_RESNET}[request.param]))
-    return models.load(ModelConfig(name=str(path)))
+@pytest.fixture(scope="module", params=FAMILIES)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Towers:
+    """One model per family for tests that change nothing."""
+    return zoo.build(request.param, tmp_path_factory.mktemp("model"))
 
 
-def pixels(model: Towers, rows: int = 3) -> torch.Tensor:
-    rng = np.random.default_rng(0)
-    size = model.preprocess.size
-    return torch.from_numpy(rng.integers(0, 256, (rows, size, size, 3), np.uint8))
-
-
-def test_tower_output_then_projection_is_what_open_clip_encodes(model: Towers) -> None:
-    shown, tokens = pixels(model), model.tokenise(TEXTS)
-    normalised = (
-        (shown.float() / 255 - torch.tensor(model.preprocess.mean)) / torch.tensor(model.preprocess.std)
-    ).permute(0, 3, 1, 2)
+def test_tower_output_then_projection_is_what_open_clip_encodes(shared: Towers) -> None:
+    shown, tokens = zoo.pixels(shared), shared.tokenise(TEXTS)
+    mean, std = torch.tensor(shared.preprocess.mean), torch.tensor(shared.preprocess.std)
+    normalised = ((shown.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = model.model.encode_image(normalised), model.model.encode_text(tokens)
-        image = model.project_image(model.image_tower_output(shown))
-        text = model.project_text(model.text_tower_output(tokens))
-    torch.testing.assert_close(image, expected[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(text, expected[1], rtol=1e-4, atol=1e-5)
+        expected = shared.model.encode_image(normalised), shared.model.encode_text(tokens)
+        outputs = shared.image_tower_output(shown), shared.text_tower_output(tokens)
+        projected = shared.project_image(outputs[0]), shared.project_text(outputs[1])
+    torch.testing.assert_close(projected[0], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(projected[1], expected[1], rtol=1e-4, atol=1e-5)
+    for reusable, output, features in zip(
+        (shared.images_reusable, shared.texts_reusable), outputs, expected, strict=True
+    ):
+        assert (output.shape == features.shape and torch.allclose(output, features, atol=1e-4)) is not reusable
 
 
-def test_taking_the_projection_off_changes_the_output_and_is_undone(tiny_clip: str) -> None:
-    model = models.load(ModelConfig(name=tiny_clip))
-    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    assert model.image_tower_output(pixels(model)).shape[1] == 64  # the tower's width, not embed_dim
-    assert model.text_tower_output(model.tokenise(TEXTS)).shape[1] == 32
-    after = model.model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_every_parameter_is_in_one_part_and_projections_are_found(model: Towers) -> None:
-    parts = model.parts()
-    names = [name for parameters in parts.values() for name, _ in parameters]
-    assert sorted(names) == sorted(name for name, _ in model.model.named_parameters())
-    assert {name for name, _ in parts["logit_scale"]} == {"logit_scale"}
+def test_every_parameter_that_learns_is_in_one_part(shared: Towers) -> None:
+    parts = shared.parts()
+    assert tuple(parts) == PARTS
+    names = Counter(name for parameters in parts.values() for name, _ in parameters)
+    fixed = {"visual.positional_embedding"} if shared.model_config["vision_cfg"].get("pos_embed_type") else set()
+    assert set(names) == {name for name, _ in shared.model.named_parameters()} - fixed
+    assert set(names.values()) == {1}
+    assert {name for name, _ in parts["logit_scale"]} - {"logit_bias"} == {"logit_scale"}
+    assert parts["new_tokens"] == []
     projections = {name.removeprefix("text.") for name, _ in parts["projections"]}
-    assert "text_projection" in projections
-    assert len(projections) >= 2
+    assert {"text_projection", "proj.weight"} & projections
+    assert any(name.startswith("visual.") for name in projections)
 
 
-def test_siglip_has_its_attention_pooling_as_projection_and_a_bias(tmp_path: Path) -> None:
-    path = tmp_path / "siglip.json"
-    path.write_text(json.dumps(TINY_SIGLIP | {"embed_dim": 192}))
-    model = models.load(ModelConfig(name=str(path)))
-    parts = model.parts()
-    assert {name for name, _ in parts["logit_scale"]} == {"logit_scale", "logit_bias"}
-    assert any("attn_pool" in name for name, _ in parts["projections"])
-    assert not model.images_reusable  # its pooling cannot be taken off
+BLOCKS = {"resnet": 5, "timm_convolutions": 4, "timm_convnext": 9, "timm_vit": 6, "timm_classifier": 6, "siglip": 9}
 
 
-def test_preprocessing_is_open_clips(tiny_clip: str, tmp_path: Path) -> None:
-    model = models.load(ModelConfig(name=tiny_clip))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_levels_count_blocks_from_the_output(family: str, tmp_path: Path) -> None:
+    model = zoo.build(family, tmp_path)
+    levels, parts = model.levels(), model.parts()
+    assert list(levels) == [name for parameters in parts.values() for name, _ in parameters]
+    assert all(levels[name] == 0 for part in ("projections", "logit_scale") for name, _ in parts[part])
+    blocks = {"image_tower": BLOCKS.get(family, 2), "text_tower": 2}
+    for part, count in blocks.items():
+        found = {levels[name] for name, _ in parts[part]}  # type: ignore[index]
+        assert found | {0} == set(range(count + 2)), "0, the blocks, and what stands before them"
+        first = {name for name, _ in parts[part] if levels[name] == count + 1}  # type: ignore[index]
+        assert any("embed" in name or "conv1" in name or "stem" in name for name in first)
+        assert not any(".norm." in name or "ln_final" in name or "ln_post" in name for name in first)
+
+
+def test_levels_of_a_transformer_in_full(tmp_path: Path) -> None:
+    levels = zoo.build("vit", tmp_path).levels()
+    expected = {
+        "visual.conv1.weight": 3, "visual.class_embedding": 3, "visual.positional_embedding": 3, "visual.ln_pre.bias": 3,
+        "visual.transformer.resblocks.0.ln_1.weight": 2, "visual.transformer.resblocks.1.ln_1.weight": 1,
+        "visual.ln_post.weight": 0, "visual.proj": 0, "logit_scale": 0, "token_embedding.weight": 3,
+        "positional_embedding": 3, "transformer.resblocks.0.ln_1.weight": 2, "ln_final.weight": 0,
+    }  # fmt: skip
+    assert {name: levels[name] for name in expected} == expected
+
+
+def test_only_attention_pooling_cannot_be_taken_off(shared: Towers) -> None:
+    hidden = type(shared.visual).__name__ == "ModifiedResNet" or hasattr(
+        getattr(shared.visual, "trunk", None), "attn_pool"
+    )
+    pooled = hidden and (not hasattr(shared.visual, "trunk") or shared.visual.trunk.attn_pool is not None)
+    assert shared.images_reusable is not pooled
+    assert shared.texts_reusable
+
+
+def test_preprocessing_is_open_clips(tmp_path: Path) -> None:
+    model = zoo.build("vit", tmp_path)
     model.save(tmp_path / "saved", final_path=str(tmp_path / "saved"))
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'saved'}")
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8))
@@ -111,79 +111,173 @@ def test_preprocessing_is_open_clips(tiny_clip: str, tmp_path: Path) -> None:
     assert not torch.allclose(ours, other, atol=1e-2)
 
 
-def test_saved_checkpoint_loads_in_plain_open_clip_and_here_also_after_moving(model: Towers, tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    model.save(folder, final_path=str(folder))
-    plain = open_clip.create_model(f"local-dir:{folder}").eval()
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+@pytest.mark.parametrize("family", ["vit", "vit_custom_text", "hugging_face", "siglip"])
+def test_new_tokens_are_a_parameter_of_their_own(family: str, tmp_path: Path) -> None:
+    model = zoo.build(family, tmp_path)
+    rows = model._embedding().weight.detach().clone()
     with torch.no_grad():
-        expected = model.model.encode_text(model.tokenise(TEXTS))
-        assert torch.equal(plain.encode_text(tokens), expected)
-    shutil.move(folder, tmp_path / "moved")
-    again = models.load(ModelConfig(name=str(tmp_path / "moved")))
-    state = again.model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.model.state_dict().items())
-    assert again.preprocess == model.preprocess
-
-
-def test_new_tokens_pool_at_the_real_end_of_text(tiny_clip: str, tmp_path: Path) -> None:
-    model = models.load(ModelConfig(name=tiny_clip))
-    plain, before = "a jumper with buttons", model.model.state_dict()["token_embedding.weight"].clone()
-    with torch.no_grad():
-        old = model.text_embeddings(model.tokenise([plain]))
+        plain = model.text_embeddings(model.tokenise(["a coat with buttons"]))
         added = model.add_terms(["fairisle", "gore-tex", "dress"])
-        assert list(added) == ["fairisle", "gore-tex"]  # "dress" is one token already
-        assert torch.equal(model.text_embeddings(model.tokenise([plain])), old)
-        first, second = model.text_embeddings(
-            model.tokenise(["a fairisle jumper with buttons", "a fairisle jumper with zippers"])
-        )
+        assert list(added) == ["fairisle", "gore-tex"], "dress is one token already"
+        assert torch.equal(model.text_embeddings(model.tokenise(["a coat with buttons"])), plain)
+        first, second = model.text_embeddings(model.tokenise([PLAIN, OTHER]))
     assert not torch.allclose(first, second, atol=1e-4), "text after a new token must matter"
-    rows = model.model.token_embedding.weight
-    assert torch.equal(rows[: len(before)], before)
-    pieces = open_clip.get_tokenizer("ViT-B-32").encode("fairisle")
-    torch.testing.assert_close(rows[49408], before[pieces].mean(0))
-    model.save(tmp_path / "grown", final_path=str(tmp_path / "grown"))
-    again = models.load(ModelConfig(name=str(tmp_path / "grown")))
-    assert torch.equal(again.tokenise(["a Fairisle jumper"]), model.tokenise(["a fairisle jumper"]))
-    assert again.terms == ("fairisle", "gore-tex")
-    plain_model = open_clip.create_model(f"local-dir:{tmp_path / 'grown'}").eval()
-    with torch.no_grad():
-        tokens = model.tokenise(["a fairisle jumper with buttons"])
-        torch.testing.assert_close(plain_model.encode_text(tokens), model.model.encode_text(tokens))
+    ((name, new),) = model.parts()["new_tokens"]
+    assert name.endswith(".new")
+    assert new.shape == (2, rows.shape[1])
+    assert (model.model.state_dict()[name.replace(".new", ".weight")][: len(rows)] == rows).all()
+    assert int(model.tokenise(["fairisle"]).max()) == len(rows), "ids are rows, also behind padded ones"
+    loss, gradients = zoo.gradients(model, [PLAIN, "gore-tex", "a"])
+    assert gradients[name].abs().sum(1).gt(0).all()
+    assert list(model.add_terms(["fairisle", "Gore-Tex", "kurta"])) == ["kurta"]
+    ((again, more),) = model.parts()["new_tokens"]
+    assert again == name
+    assert torch.equal(more[:2], new)
+    assert int(model.tokenise(["kurta"]).max()) == len(rows) + 2
+    assert model.levels()[name] == max(level for key, level in model.levels().items() if not key.startswith("visual."))
 
 
-def test_without_pooling_at_the_end_the_text_after_a_new_token_would_be_lost(tiny_clip: str) -> None:
+def test_without_pooling_at_the_end_the_text_after_a_new_token_would_be_lost(tmp_path: Path) -> None:
     """The control of the test above: open_clip's own pooling, at the highest id."""
-    model = models.load(ModelConfig(name=tiny_clip))
+    model = zoo.build("vit", tmp_path)
     model.add_terms(["fairisle"])
     model.model.text_pool_type = "argmax"
     with torch.no_grad():
-        first, second = model.text_embeddings(
-            model.tokenise(["a fairisle jumper with buttons", "a fairisle jumper with zippers"])
-        )
+        first, second = model.text_embeddings(model.tokenise([PLAIN, OTHER]))
     assert torch.equal(first, second)
 
 
-def test_unknown_models_are_refused_with_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"did you mean.*ViT-B-32"):
-        models.locate("ViT-B-23")
-    with pytest.raises(UserError, match="neither a folder"):
-        models.locate(str(tmp_path / "nowhere"))
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"embed_dim": 3}')
-    with pytest.raises(UserError, match="vision_cfg and text_cfg"):
-        models.load(ModelConfig(name=str(broken)))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        models.load(ModelConfig(name="ViT-B-32", pretrained="no-such-tag"))
+def test_a_word_that_the_tokenizer_does_not_know_becomes_a_token(tmp_path: Path) -> None:
+    model = zoo.build("hugging_face", tmp_path)
+    unknown = model.tokenise(["고프코어룩"])
+    assert model.tokenizer.tokenizer.unk_token_id in unknown
+    assert list(model.add_terms(["고프코어룩"])) == ["고프코어룩"]
+    assert model.tokenizer.base.tokenizer.unk_token_id not in model.tokenise(["봄고프코어룩"])[0, 2:].tolist()
 
 
-def test_terms_can_be_added_to_a_model_that_has_some(tiny_clip: str, tmp_path: Path) -> None:
-    model = models.load(ModelConfig(name=tiny_clip))
-    model.add_terms(["fairisle"])
-    model.save(tmp_path / "one", final_path=str(tmp_path / "one"))
-    again = models.load(ModelConfig(name=str(tmp_path / "one")))
-    text = ["a fairisle jumper"]
-    old = again.tokenise(text)
-    assert list(again.add_terms(["fairisle", "kurtadupatta"])) == ["kurtadupatta"]
-    assert torch.equal(again.tokenise(text), old)
-    assert 49409 in again.tokenise(["one kurtadupatta"])[0].tolist()
+@pytest.mark.parametrize("family", ["vit", "vit_custom_text", "hugging_face"])
+def test_a_shorter_text_length_changes_no_text_that_fits(family: str, tmp_path: Path) -> None:
+    model = zoo.build(family, tmp_path)
+    full = model.text_embeddings(model.tokenise(TEXTS))
+    model.text_length = 10
+    tokens = model.tokenise([*TEXTS, "coat " * 50])
+    assert tokens.shape == (4, 10)
+    assert tokens[3, -1] in model.tokenise(["a"])[0], "the end token stays"
+    torch.testing.assert_close(model.text_embeddings(tokens[:3]), full, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(model.text_embeddings(tokens[3:]), full[:1], atol=1e-3)
+    table = model.text.transformer.config.max_position_embeddings if family == "hugging_face" else 16
+    assert len(model.model.state_dict()["text.transformer.embeddings.position_embeddings.weight"]) == table if (
+        family == "hugging_face"
+    ) else len(model.text.positional_embedding) == table
+    model.text_length = table
+    for wrong in (table + 1, 2):
+        with pytest.raises(UserError, match=f"3 to {table} tokens.*got {wrong}"):
+            model.text_length = wrong
+
+
+def test_dropout_is_off_unless_asked_for_and_batch_norm_never_trains(tmp_path: Path) -> None:
+    model = zoo.build("timm_convolutions", tmp_path)
+    model.visual.head.drop.p = 0.5
+    model.train()
+    assert not any(module.training for module in model.modules())
+    model.dropout = True
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert model.visual.head.drop.training
+    assert model.text.training
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.image_embeddings(zoo.pixels(model))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def _count_forwards(model: Towers, part: str) -> Counter[str]:
+    """Counts how often each module with parameters of its own is called."""
+    calls: Counter[str] = Counter()
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d) and part in name:
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    return calls
+
+
+CHECKPOINTED = ["vit", "vit_custom_text", "resnet", "timm_convolutions", "timm_vit", "siglip", "hugging_face"]
+
+
+@pytest.mark.parametrize("family", CHECKPOINTED)
+def test_gradient_checkpointing_changes_no_gradient(family: str, tmp_path: Path) -> None:
+    model = zoo.build(family, tmp_path)
+    calls = _count_forwards(model, "")
+    loss, expected = zoo.gradients(model, TEXTS)
+    assert set(calls.values()) <= {1}
+    calls.clear()
+    model.gradient_checkpointing(True)
+    again, found = zoo.gradients(model, TEXTS)
+    assert any(count == 2 for name, count in calls.items() if name.startswith("visual.")), "computed again"
+    assert any(count == 2 for name, count in calls.items() if not name.startswith("visual.")), "computed again"
+    torch.testing.assert_close(again, loss)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+    names = list(model.state_dict())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(zoo.gradients(model, TEXTS)[0], loss, msg="a copy must not share the original's blocks")
+    model.gradient_checkpointing(False)
+    calls.clear()
+    zoo.gradients(model, TEXTS)
+    assert set(calls.values()) <= {1}
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("family", ["vit", "timm_classifier"])
+def test_compiled_towers_have_the_same_gradients_and_names(family: str, tmp_path: Path) -> None:
+    model = zoo.build(family, tmp_path)
+    loss, expected = zoo.gradients(model, TEXTS)
+    names = list(model.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile()
+    assert list(model.state_dict()) == names
+    again, found = zoo.gradients(model, TEXTS)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "something was compiled in both towers"
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_memory_layout_changes_no_gradient(tmp_path: Path) -> None:
+    model = zoo.build("timm_convolutions", tmp_path)
+    loss, expected = zoo.gradients(model, TEXTS)
+    kernel = next(one for one in model.visual.parameters() if one.ndim == 4 and min(one.shape) > 1)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    model.channels_last(False)
+    assert kernel.is_contiguous()
+    again, found = zoo.gradients(model, TEXTS)
+    torch.testing.assert_close(again, loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_one_model_encodes_in_several_threads(tmp_path: Path) -> None:
+    model = zoo.build("vit", tmp_path)
+    shown, tokens, found = zoo.pixels(model), model.tokenise(TEXTS), []
+    with torch.no_grad():
+        expected = model.image_embeddings(shown), model.text_embeddings(tokens)
+
+    def encode() -> None:
+        with torch.no_grad():
+            found.extend((model.image_embeddings(shown), model.text_embeddings(tokens)) for _ in range(10))
+
+    threads = [threading.Thread(target=encode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    assert all(torch.equal(one, other) for pair in found for one, other in zip(pair, expected, strict=True))

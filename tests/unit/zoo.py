@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "timm_convnext": _timm("test_convnext", 64, "mlp", "avg"),
     "timm_vit": _timm("test_vit", 64, "linear", "token"),
     "timm_classifier": _timm("test_vit", 64, None, "token"),
-    "siglip": {**_timm("test_vit", 64, "none", "map"), "init_logit_bias": -10},
+    "siglip": {**_timm("test_vit3", 64, "none", "map"), "embed_dim": 96, "init_logit_bias": -10},
 }
 WORDS = [
     "[PAD]",
