@@ -42,7 +42,7 @@ def run_stages(config: TrainConfig, manifest: Manifest, worker: Worker) -> bool:
         if position.stage > index or (here and position.stage_done):
             continue
         position, state = _run_stage(run, index, position, state if position.step else {})
-        if not position.stage_done:
+        if run.left:
             run.writer.wait()
             return False
     if config.interpolate is not None and position.stage < len(config.stages):
@@ -93,7 +93,8 @@ def _run_stage(
                 epoch_started = time.perf_counter()
             elif stepped.leave or _checkpoint_is_due(run, position):
                 run.save(position, state_of(stage.optimizer, stage.learning))
-            if stepped.leave or position.stage_done:
+            run.left = stepped.leave
+            if run.left or position.stage_done:
                 break
     finally:
         stage.rows.close()

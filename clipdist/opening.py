@@ -53,6 +53,7 @@ class Run:
     held_out: HeldOut
     writer: Writer
     saved_at: float = 0.0
+    left: bool = False
 
     def save(self, progress: Progress, state: dict[str, Tensor]) -> None:
         """Only rank 0 writes: all ranks have the same weights. The others go on and meet it in the next step."""
