@@ -238,7 +238,7 @@ def _step_event(
         "gradient_norm": stepped.gradient_norm,
         "learning_rate": max(rates.values()),
         "learning_rates": dict(rates),
-        "logit_scale": float(run.towers.logit_scale()),
+        "logit_scale": float(run.towers.logit_scale().detach()),
         "memory_bytes": memory.used_bytes(run.worker.device),
         **meter.count(local.global_rows),
     }

@@ -81,9 +81,12 @@ def carry_state(state: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, l
         moments = [value for key, value in earlier.items() if key != "step"]
         if not moments or any(value.shape != one.parameter.shape for value in moments):
             continue
-        device = one.parameter.device
+        # Moments take the parameter's memory layout (channels_last!): a fused update pairs values by address.
         optimizer.state[one.parameter] = {
-            key: value.to("cpu" if key == "step" and not fused else device, copy=True) for key, value in earlier.items()
+            key: value.to(one.parameter.device if fused else "cpu", copy=True)
+            if key == "step"
+            else torch.empty_like(one.parameter, requires_grad=False).copy_(value)
+            for key, value in earlier.items()
         }
         carried.append(one.name)
     return carried
