@@ -44,12 +44,12 @@ def merge_log_sums(local: Tensor) -> Tensor:
 def wrap(module: nn.Module) -> nn.Module:
     """DDP around `module`; build it anew whenever another set of parameters learns. `find_unused_parameters` also
     keeps the bucket order of the first step, so that a resumed run sums in the same order. Buffers do not change in
-    training, so they travel once, if at all, with the weights: ranks may run different numbers of forward passes."""
+    training, so they travel once, with the weights: ranks may run different numbers of forward passes."""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(
-        module, find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    wrapped = DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # as an argument it is deprecated, and its successor is unknown to older torch
+    return wrapped
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

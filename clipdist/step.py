@@ -189,7 +189,10 @@ def _backward(model: nn.Module, batch: Batch, seed: int, micro_batch_size: int) 
 def _embed(model: nn.Module, part: Batch, seed: int, number: int) -> Embedded:
     """A micro-batch draws its own dropout, the same in both passes and in a resumed run."""
     digest = hashlib.blake2b(f"{seed}:{collectives.rank()}:{number}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+    own_seed = int.from_bytes(digest, "big") >> 1
+    torch.default_generator.manual_seed(own_seed)  # torch.manual_seed takes 2 ms where CUDA is there but not in use
+    if part.images.is_cuda:
+        torch.cuda.manual_seed(own_seed)
     return cast(Embedded, model(part))
 
 

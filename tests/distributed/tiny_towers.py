@@ -57,11 +57,14 @@ class TinyTowers(nn.Module):
 
     def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         found: dict[str, list[tuple[str, nn.Parameter]]] = {
-            "projections": [], "logit_scale": [], "image_tower": [], "text_tower": [],
+            "projections": [], "logit_scale": [], "new_tokens": [], "image_tower": [], "text_tower": [],
         }  # fmt: skip
         for name, parameter in self.model.named_parameters():
             found[part_of(name)].append((name, parameter))
         return found
+
+    def levels(self) -> dict[str, int]:
+        return {name: int(part_of(name).endswith("tower")) for name, _ in self.model.named_parameters()}
 
     def save(self, folder: Path, *, final_path: str, facts: dict[str, Any]) -> str:
         folder.mkdir(parents=True, exist_ok=True)

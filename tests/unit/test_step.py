@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clipdist import step
-from clipdist.stages import PARTS, Part
+from clipdist.optimizer import Learning, make_optimizer, set_learning
+from clipdist.stages import PARTS, Part, StageConfig
 from tests.distributed.tiny_towers import TinyTowers, make_rows, part_of
 
 RATES = dict.fromkeys(PARTS, 0.01)
@@ -20,16 +21,22 @@ def make_batch(**changes: Any) -> step.Batch:
     )
 
 
+def learning_parts(towers: TinyTowers, parts: tuple[Part, ...], layer_decay: float = 1.0) -> list[Learning]:
+    stage = StageConfig(name="stage", learns=parts, epochs=1, learning_rate=1.0, layer_decay=layer_decay)
+    return set_learning(towers, stage)
+
+
 def one_step(
     towers: TinyTowers,
     parts: tuple[Part, ...],
     batch: step.Batch,
     loss: step.LossName = "contrastive",
-    decay: float = 0.1,
-) -> tuple[float, float]:
-    step.set_learning(towers, parts)
-    optimizer = step.make_optimizer(towers, parts, decay)
-    return step.optimise(step.GlobalLoss(towers, loss), towers, optimizer, batch, RATES, clip=1.0)
+    distillation: float = 0.0,
+    **changes: Any,
+) -> step.Stepped:
+    optimizer = make_optimizer(learning_parts(towers, parts), 0.1, fused=False)
+    model = step.GlobalLoss(towers, loss, distillation=distillation)
+    return step.optimise(model, towers, optimizer, batch, RATES, **{"clip": 1.0, "seed": 0, **changes})
 
 
 def bits(towers: TinyTowers) -> dict[str, torch.Tensor]:
@@ -40,10 +47,11 @@ def bits(towers: TinyTowers) -> dict[str, torch.Tensor]:
 def test_exactly_the_named_parts_learn(parts: tuple[Part, ...]) -> None:
     towers = TinyTowers()
     one_step(towers, PARTS, make_batch())
-    count = step.set_learning(towers, parts)
-    learning = [p for p in towers.parameters() if p.requires_grad]
-    assert {part_of(name) for name, p in towers.model.named_parameters() if p.requires_grad} == set(parts)
-    assert count == sum(p.numel() for p in learning)
+    learning = learning_parts(towers, parts)
+    assert {part_of(name) for name, p in towers.model.named_parameters() if p.requires_grad} == set(parts) - {
+        "new_tokens"
+    }
+    assert {one.name for one in learning} == {name for name in bits(towers) if part_of(name) in parts}
     assert all(p.grad is None for p in towers.parameters()), "or clipping would still count the last stage's"
 
 
@@ -59,7 +67,7 @@ def test_a_step_changes_what_learns_and_not_a_bit_of_what_is_frozen(parts: tuple
 def test_only_matrices_decay() -> None:
     towers = TinyTowers()
     names = {id(p): name for name, p in towers.model.named_parameters()}
-    groups = step.make_optimizer(towers, PARTS, 0.3).param_groups
+    groups = make_optimizer(learning_parts(towers, PARTS), 0.3, fused=False).param_groups
     decays = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
     matrices = {"image_tower.weight", "text_tower.weight", "image_projection", "text_projection"}
     assert decays == {name: 0.3 if name in matrices else 0.0 for name in names.values()}
@@ -78,7 +86,7 @@ def test_a_gradient_that_is_not_finite_spoils_no_weight(value: float) -> None:
 
 def test_the_gradient_is_clipped_and_its_norm_before_that_is_told() -> None:
     towers = TinyTowers()
-    _, norm = one_step(towers, PARTS, make_batch(images=10 * make_batch().images))
+    norm = one_step(towers, PARTS, make_batch(images=10 * make_batch().images)).gradient_norm
     left = torch.cat([p.grad.flatten() for p in towers.parameters() if p.grad is not None]).norm()
     assert norm > 1.0
     assert float(left) == pytest.approx(1.0, rel=1e-5)
@@ -113,21 +121,74 @@ def test_the_sigmoid_loss_needs_a_bias() -> None:
         one_step(towers, PARTS, make_batch(), loss="sigmoid")
 
 
+def test_distillation_needs_a_teacher() -> None:
+    with pytest.raises(ValueError, match="embeddings"):
+        one_step(TinyTowers(), PARTS, make_batch(), distillation=0.5)
+
+
+def test_distillation_pulls_to_the_teacher_and_to_nothing_else() -> None:
+    """A model that is its own teacher has nothing to win by distillation: the gradients are those without it."""
+    towers, batch = TinyTowers(), make_batch()
+    with torch.no_grad():
+        taught = step.GlobalLoss(towers, "contrastive")(batch)[:2]
+    plain = one_step(TinyTowers(), PARTS, batch)
+    distilled = one_step(TinyTowers(), PARTS, make_batch(teacher=taught), distillation=5.0)
+    assert distilled.loss == pytest.approx(plain.loss, abs=1e-12)
+    assert distilled.gradient_norm == pytest.approx(plain.gradient_norm, abs=1e-12)
+    turned = one_step(TinyTowers(), PARTS, make_batch(teacher=(-taught[0], taught[1])), distillation=5.0)
+    assert turned.loss == pytest.approx(plain.loss + 5.0, abs=1e-12), "an opposite image is 2 away, half of it counts"
+
+
+def test_rates_are_those_of_the_part_times_the_share_of_the_block() -> None:
+    towers = TinyTowers()
+    optimizer = make_optimizer(learning_parts(towers, PARTS, layer_decay=0.5), 0.1, fused=False)
+    rates: dict[Part, float] = {part: 0.001 * (number + 1) for number, part in enumerate(PARTS)}
+    step.optimise(step.GlobalLoss(towers, "contrastive"), towers, optimizer, make_batch(), rates, clip=1.0, seed=0)
+    found = {group["part"]: group["lr"] for group in optimizer.param_groups}
+    share = {"image_tower": 0.5, "text_tower": 0.5}
+    assert found == {part: rates[part] * share.get(part, 1.0) for part in found}
+    assert len(found) == 4, "all parts but new tokens, of which there are none"
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 100, None])
+def test_no_more_rows_than_a_micro_batch_hold_activations(size: int | None) -> None:
+    towers, held = TinyTowers(), []
+    output = towers.image_tower_output
+
+    def spy(images: torch.Tensor) -> torch.Tensor:
+        held.append(len(images) if torch.is_grad_enabled() else 0)
+        return output(images)
+
+    towers.image_tower_output = spy  # type: ignore[method-assign]
+    one_step(towers, PARTS, make_batch(), micro_batch_size=size)
+    assert max(held) == min(size or 6, 6)
+    assert sum(held) == 6, "every row once"
+
+
+def test_dropout_repeats_with_the_step_s_seed() -> None:
+    norms = [one_step(TinyTowers(dropout=0.5), PARTS, make_batch(), seed=seed).gradient_norm for seed in (4, 4, 5)]
+    assert norms[0] == norms[1] != norms[2]
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_a_wish_to_leave_is_told(leave: bool) -> None:
+    assert one_step(TinyTowers(), PARTS, make_batch(), leave=leave).leave is leave
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_the_loss_is_at_least_float32(autocast: torch.dtype | None) -> None:
     """At scale 100 the scores of bfloat16 embeddings would be off by whole units."""
     towers = TinyTowers().float()
     towers.model.logit_scale.data.fill_(math.log(100))
     batch = make_batch(images=make_batch().images.float())
-    seen: list[torch.dtype] = []
-    loss = step.contrastive_loss
+    model, seen, loss = step.GlobalLoss(towers, "contrastive", autocast), [], step.contrastive_loss
 
-    def spy(*inputs: torch.Tensor) -> torch.Tensor:
-        seen.extend(value.dtype for value in inputs if value.is_floating_point())
-        return loss(*inputs)
+    def spy(images: torch.Tensor, texts: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.extend([images.dtype, texts.dtype])
+        return loss(images, texts, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "contrastive_loss", spy)
-        value = step.GlobalLoss(towers, "contrastive", autocast)(batch)
+        value = model.value(model(batch), batch)
     assert set(seen) == {torch.float32}
     assert value.dtype == torch.float32
