@@ -139,9 +139,7 @@ def test_what_is_saved_are_the_weights_at_that_step_though_the_training_goes_on(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_nothing_is_left_in_the_temporary_folder(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_left_in_the_temporary_folder(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     save(bucket, at(1, None))
     assert list(tmp_path.iterdir()) == []

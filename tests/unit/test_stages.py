@@ -54,7 +54,9 @@ def test_short_stages_and_no_warmup(steps: int, warmup: float, first: float) -> 
     assert all(0 < factor <= 1 for factor in found)
 
 
-@pytest.mark.parametrize(("rows", "batch", "steps"), [(8, 4, 2), (10, 4, 3), (9, 4, 2), (3, 4, 1), (5, 4, 1), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps"), [(8, 4, 2), (10, 4, 3), (9, 4, 2), (3, 4, 1), (5, 4, 1), (1, 4, 1)]
+)
 def test_the_last_smaller_batch_is_a_step_unless_it_is_a_single_pair(rows: int, batch: int, steps: int) -> None:
     assert steps_per_epoch(rows, batch) == steps
 
