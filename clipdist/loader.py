@@ -6,6 +6,7 @@ The position is the step: a loader that starts at step s gives what one that sta
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -189,6 +190,8 @@ def decode_ahead(
 
     options: dict[str, Any] = {"batch_sampler": chunks(), "collate_fn": _as_it_is}
     if decoders:
+        # The fork server imports torch once, instead of every decoder in every stage and validation for seconds.
+        multiprocessing.set_forkserver_preload([__name__])
         options |= {"num_workers": decoders, "prefetch_factor": CHUNKS_AHEAD, "multiprocessing_context": "forkserver"}
     decoded = iter(DataLoader(decode, **options))
     for first in decoded:

@@ -43,7 +43,8 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
     seen: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
+        whole = tensor if tensor._base is None else tensor._base  # a Linear keeps its weight's transpose
+        if not whole.is_leaf or not whole.requires_grad:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -62,8 +62,12 @@ class LocalCache:
     def __init__(self, name: str, max_bytes: int) -> None:
         digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         self.folder = Path(tempfile.gettempdir()) / f"clipdist-cache-{os.getuid()}-{digest}"
+        self.free_bytes = max_bytes if self._is_ours() else 0
+
+    def _is_ours(self) -> bool:
+        """Made when it is missing: a process that ended, or is a stage ahead, may have removed it."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        self.free_bytes = max_bytes if self.folder.stat().st_uid == os.getuid() else 0
+        return self.folder.stat().st_uid == os.getuid()
 
     def read(self, groups: RowGroups, group: int) -> pa.Table:
         key = f"{groups.files[group]}:{groups.indices[group]}:{groups.columns}"
@@ -71,7 +75,7 @@ class LocalCache:
         with contextlib.suppress(OSError), pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
         table = groups.read(group)
-        if table.nbytes <= self.free_bytes:
+        if table.nbytes <= self.free_bytes and self._is_ours():
             self._keep(table, path)
         return table
 

@@ -127,7 +127,7 @@ def test_new_tokens_are_a_parameter_of_their_own(family: str, tmp_path: Path) ->
     assert new.shape == (2, rows.shape[1])
     assert (model.model.state_dict()[name.replace(".new", ".weight")][: len(rows)] == rows).all()
     assert int(model.tokenise(["fairisle"]).max()) == len(rows), "ids are rows, also behind padded ones"
-    loss, gradients = zoo.gradients(model, [PLAIN, "gore-tex", "a"])
+    _, gradients = zoo.gradients(model, [PLAIN, "gore-tex", "a"])
     assert gradients[name].abs().sum(1).gt(0).all()
     assert list(model.add_terms(["fairisle", "Gore-Tex", "kurta"])) == ["kurta"]
     ((again, more),) = model.parts()["new_tokens"]
@@ -166,9 +166,11 @@ def test_a_shorter_text_length_changes_no_text_that_fits(family: str, tmp_path: 
     torch.testing.assert_close(model.text_embeddings(tokens[:3]), full, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(model.text_embeddings(tokens[3:]), full[:1], atol=1e-3)
     table = model.text.transformer.config.max_position_embeddings if family == "hugging_face" else 16
-    assert len(model.model.state_dict()["text.transformer.embeddings.position_embeddings.weight"]) == table if (
-        family == "hugging_face"
-    ) else len(model.text.positional_embedding) == table
+    assert (
+        len(model.model.state_dict()["text.transformer.embeddings.position_embeddings.weight"]) == table
+        if (family == "hugging_face")
+        else len(model.text.positional_embedding) == table
+    )
     model.text_length = table
     for wrong in (table + 1, 2):
         with pytest.raises(UserError, match=f"3 to {table} tokens.*got {wrong}"):
@@ -248,7 +250,7 @@ def test_compiled_towers_have_the_same_gradients_and_names(family: str, tmp_path
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "something was compiled in both towers"
     torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-5)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()), msg=name)
 
 
 def test_memory_layout_changes_no_gradient(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_memory_layout_changes_no_gradient(tmp_path: Path) -> None:
     again, found = zoo.gradients(model, TEXTS)
     torch.testing.assert_close(again, loss)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()), msg=name)
 
 
 def test_one_model_encodes_in_several_threads(tmp_path: Path) -> None:
