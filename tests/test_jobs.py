@@ -10,11 +10,13 @@ from clipdist.cli import JOBS, load_job
 from clipdist.config import UserError, dump, explain, flatten, load
 
 ROOT = Path(__file__).parents[1]
+RECIPES = {"train-reclip": "train"}
+"""Further YAMLs of a job."""
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_shipped_yaml_loads_and_its_dump_reruns_it(job: str, tmp_path: Path) -> None:
-    loaded = load_job(job, str(ROOT / "jobs" / f"{job}.yaml"), [])
+@pytest.mark.parametrize("name", [*JOBS, *RECIPES])
+def test_shipped_yaml_loads_and_its_dump_reruns_it(name: str, tmp_path: Path) -> None:
+    loaded = load_job(RECIPES.get(name, name), str(ROOT / "jobs" / f"{name}.yaml"), [])
     again = tmp_path / "config.yaml"
     again.write_text(dump(loaded.config))
     assert load(type(loaded.config), str(again)).config == loaded.config
@@ -30,7 +32,7 @@ def test_every_value_has_a_meaning_and_an_origin(job: str) -> None:
 
 
 def test_every_job_has_an_entry_point_and_a_yaml_and_nothing_else_is_there() -> None:
-    expected = {f"{job}{suffix}" for job in JOBS for suffix in (".py", ".yaml")}
+    expected = {f"{job}{suffix}" for job in JOBS for suffix in (".py", ".yaml")} | {f"{name}.yaml" for name in RECIPES}
     assert {path.name for path in (ROOT / "jobs").iterdir() if path.name != "__pycache__"} == expected
 
 
