@@ -51,7 +51,7 @@ def test_a_resized_model_is_the_same_after_saving_and_loading(family: str, tmp_p
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_size_changes_not_a_bit(family: str, tmp_path: Path) -> None:
     model = zoo.build(family, tmp_path)
-    before = {name: parameter for name, parameter in model.model.named_parameters()}
+    before = dict(model.model.named_parameters())
     bits = {name: parameter.detach().clone() for name, parameter in before.items()}
     assert model.set_image_size(model.preprocess.size) == []
     for name, parameter in model.model.named_parameters():
