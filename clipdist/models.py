@@ -18,13 +18,14 @@ import open_clip
 import torch
 from open_clip.factory import get_model_config, load_checkpoint
 from pydantic import Field
+from safetensors import SafetensorError
 
 from clipdist import image_size, storage
 from clipdist.config import Section, UserError
 from clipdist.images import Preprocess
 from clipdist.towers import CONFIG, OWN, WEIGHTS, Towers
 
-CANNOT_LOAD = (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError, ImportError)
+CANNOT_LOAD = (RuntimeError, OSError, ValueError, TypeError, KeyError, AssertionError, ImportError, SafetensorError)
 
 
 class ModelConfig(Section):

@@ -49,7 +49,8 @@ def test_every_problem_of_a_config_at_once_with_its_place(tmp_path: Path, capsys
         'train.yaml:2: outputs: unknown key; did you mean "output"?',
         "output: required, but not given",
         'train.yaml:3: model.nam: unknown key; did you mean "name"?',
-        "train.yaml:5: stages.0.learns.0: expected 'projections'",
+        "train.yaml:5: stages.0.learns: expected projections, logit_scale",
+        'or such as last_4_image_blocks; got "projektions"',
         'train.yaml:5: stages.0.epochs: expected a valid integer, got "two"',
         'command line: sed: unknown key; did you mean "seed"?',
     ):

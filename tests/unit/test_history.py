@@ -19,17 +19,8 @@ ROWS = 40
 
 
 def history(output: Path | str, **changes: Any) -> History:
-    config = TrainConfig(
-        **{
-            "pairs": "p",
-            "output": str(output),
-            "model": ModelConfig(name="x"),
-            "stages": STAGES,
-            "global_batch_size": 4,
-            "log_every_steps": 2,
-            **changes,
-        }  # fmt: skip
-    )
+    facts = {"pairs": "p", "output": str(output), "model": ModelConfig(name="x"), "stages": STAGES}
+    config = TrainConfig(**{**facts, "global_batch_size": 4, "log_every_steps": 2, **changes})
     return History(config, ROWS, Progress("train", 3 * ROWS, "pairs"))
 
 
