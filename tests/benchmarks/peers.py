@@ -52,6 +52,7 @@ class Times:
     def pairs_per_second(self, batch: int, drop: int) -> float:
         """From the end of step `drop` to the end of the last one, of the first epoch."""
         times = [time for time, _ in self.steps[0]]
+        assert len(times) > drop > 0, "there are not more steps than are dropped"
         return batch * (len(times) - drop) / (times[-1] - times[drop - 1])
 
     def epoch_seconds(self) -> list[float]:
@@ -155,6 +156,7 @@ def train_ours(folder: Path, pairs: Path, model: Path, stage: dict[str, Any], ba
     """`clipdist train` of one stage into `folder`."""
     config = {
         "pairs": str(pairs), "output": str(folder), "model": {"name": str(model)}, "global_batch_size": batch,
+        "log_every_steps": 1,
         "stages": [{"name": "measured", "learning_rate": 1e-5, "weight_decay": 0.05, "schedule": "constant", **stage}],
     }  # fmt: skip
     path = write_config(folder.with_name(folder.name + "-train.yaml"), config)
