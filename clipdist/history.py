@@ -44,8 +44,6 @@ class History:
     def add(self, events: Sequence[dict[str, Any]]) -> None:
         for event in events:
             getattr(self, f"_{event['event']}")(event)
-        if events and storage.is_local(self._path):  # a store takes whole files only, so there they go out less often
-            self.write()
 
     def _workers(self, event: dict[str, Any]) -> None:
         """Training starts, or goes on from a checkpoint: later steps of a run that died will be seen again."""

@@ -127,7 +127,7 @@ def test_sigkill_of_the_driver_and_a_half_written_checkpoint(
     assert start(config).wait(300) == 0
     found = outcome(home / "driver")
     assert found["metrics"] == undisturbed["metrics"]
-    assert set(found["losses"]) <= set(undisturbed["losses"]), "lines of the driver's last moment may be missing"
+    assert set(found["losses"]) <= set(undisturbed["losses"]), "lines since the last validation may be missing"
     assert len(found["losses"]) > STEPS / 2
     assert not half.exists()
 
