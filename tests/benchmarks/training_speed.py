@@ -6,8 +6,9 @@ each; the figures are medians over the rounds. The rate of a run is pairs over t
 to the end of the last step of its epoch, for both sides.
 
 How open_clip_train 3.3 runs here: it cannot run DistributedDataParallel on CPUs (it passes `device_ids`), so one
-process has all cores; `--dataset-type csv`, as webdataset would bring tar reading on top; `--workers 2`, which was the
-fastest of 0, 1, 2 and 4 on two cores (0 decodes and computes in turn, 4 fight for the cores); `--precision fp32`, as
+process has all cores; `--dataset-type csv`, as webdataset would bring tar reading on top; `--workers` as many as cores
+but two of them (at least 2; `--loaders` tries others: 1 and 2 were alike on two cores, 0 decodes and computes in turn,
+4 took time from the computing); `--precision fp32`, as
 half precision on CPUs is slower; `--aug-cfg scale=(1.0,1.0)`, so that a square picture is taken whole, as ours does;
 `--grad-clip-norm 1.0`, which ours always does. Ours runs as one worker with all cores and as one worker per core.
 Both sides run out of the box: ours sets glibc's allocator to keep freed memory, theirs does not (to give it to both,
