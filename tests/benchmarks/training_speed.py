@@ -6,11 +6,11 @@ each; the figures are medians over the rounds. The rate of a run is pairs over t
 to the end of the last step of its epoch, for both sides.
 
 How open_clip_train 3.3 runs here: it cannot run DistributedDataParallel on CPUs (it passes `device_ids`), so one
-process has all cores; `--dataset-type csv`, as webdataset would bring tar reading on top; `--workers` as many as cores
-but two of them (at least 2; `--loaders` tries others: 1 and 2 were alike on two cores, 0 decodes and computes in turn,
-4 took time from the computing); `--precision fp32`, as
-half precision on CPUs is slower; `--aug-cfg scale=(1.0,1.0)`, so that a square picture is taken whole, as ours does;
-`--grad-clip-norm 1.0`, which ours always does. Ours runs as one worker with all cores and as one worker per core.
+process has all cores; `--dataset-type csv`, as webdataset would bring tar reading on top; `--workers` two less than the
+cores, at least 2 (on two cores 1 and 2 were alike, 0 and 4 slower, on a machine with other work; `--loaders` tries
+others); `--precision fp32` on CPUs, as ours; `--aug-cfg scale=(1.0,1.0)`, so that a square picture is taken whole, as
+ours does; `--grad-clip-norm 1.0`, which ours always does. Ours runs as one worker with all cores and as one worker per
+core.
 Both sides run out of the box: ours sets glibc's allocator to keep freed memory, theirs does not (to give it to both,
 set MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2147483647 in the environment).
 
