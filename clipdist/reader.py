@@ -104,7 +104,9 @@ class Rows:
         self.tables, self._pool = list(tables), ThreadPoolExecutor(threads)
         remote = any(not storage.is_local(file) for table in tables for file in table.files[:1])
         self._cache = LocalCache(tables[0].files[0], cache_bytes) if cache_bytes and remote and not in_memory else None
-        self._whole = pa.concat_tables(self._pool.map(self.read, range(len(tables[0])))) if in_memory else None
+        self._whole = (
+            pa.concat_tables(self._pool.map(self.read, range(len(tables[0])))).combine_chunks() if in_memory else None
+        )
         sizes = np.ones(sum(tables[0].rows), np.int64) if in_memory else np.array(tables[0].rows, np.int64)
         self.sizes: Indices = sizes
 

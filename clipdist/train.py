@@ -341,8 +341,6 @@ def _worker(parameters: dict[str, Any]) -> None:
     box, pending, last, leaving = parameters["box"], [], [0.0], [False]
 
     def report(event: dict[str, Any]) -> None:
-        if event["event"] == "validated":
-            ray.train.report({name: value for name, value in event.items() if isinstance(value, int | float)})
         if collectives.rank() != 0:
             return
         pending.append(event | {"time": time.time()})
