@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +105,9 @@ class Rows:
         self.tables, self._pool = list(tables), ThreadPoolExecutor(threads)
         remote = any(not storage.is_local(file) for table in tables for file in table.files[:1])
         self._cache = LocalCache(tables[0].files[0], cache_bytes) if cache_bytes and remote and not in_memory else None
-        self._whole = pa.concat_tables(self._pool.map(self.read, range(len(tables[0])))) if in_memory else None
+        self._whole = (
+            pa.concat_tables(self._pool.map(self.read, range(len(tables[0])))).combine_chunks() if in_memory else None
+        )
         sizes = np.ones(sum(tables[0].rows), np.int64) if in_memory else np.array(tables[0].rows, np.int64)
         self.sizes: Indices = sizes
 
@@ -123,7 +126,9 @@ class Rows:
     def lane(self, order: EpochOrder, lane: int, start: int) -> Lane:
         """A lane of an epoch from its row `start` on."""
         return (
-            _DealtLane(self._whole, order, lane, start) if self._whole is not None else _Lane(self, order, lane, start)
+            _DealtLane(self._whole, order, lane, start)
+            if self._whole is not None
+            else _StreamedLane(self, order, lane, start)
         )
 
     def fetch(self, group: int) -> Future[pa.Table]:
@@ -135,15 +140,14 @@ class Rows:
             self._cache.close()
 
 
-class Lane:
+class Lane(Protocol):
     """The rows of one lane, front to back."""
 
     def take(self, stop: int) -> list[pa.Table]:
         """The rows from where it is up to row `stop` of the lane."""
-        raise NotImplementedError
 
 
-class _DealtLane(Lane):
+class _DealtLane:
     """A lane of single rows of a table in memory."""
 
     def __init__(self, table: pa.Table, order: EpochOrder, lane: int, start: int) -> None:
@@ -154,7 +158,7 @@ class _DealtLane(Lane):
         return [self.table.take(pa.array(chosen))] if len(chosen) else []
 
 
-class _Lane(Lane):
+class _StreamedLane:
     """A lane of row groups, of which it holds one and fetches the next."""
 
     def __init__(self, rows: Rows, order: EpochOrder, lane: int, start: int) -> None:

@@ -1,4 +1,4 @@
-"""Ray Train: the workers of `loop.py`, their restarts, and the record of what came out.
+"""The training job: what is checked before it starts, what it goes on with, and the record of what came out.
 
 Contract: run again, a finished output is left alone, an unfinished one goes on from its last complete checkpoint, one
 that was made with other settings is refused. A dead worker, node or driver costs the steps since the last checkpoint;
@@ -10,31 +10,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
-import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
 from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
-import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from clipdist import checkpoint, collectives, history, lease, models, recipe, runtime, stages, storage
+from clipdist import checkpoint, history, lease, models, recipe, runtime, stages, storage, workers
 from clipdist.config import UserError, dump
 from clipdist.history import History
 from clipdist.lanes import DEFAULT_LANES
 from clipdist.ledger import Manifest, read_manifest, refuse_other_stamp
 from clipdist.loader import Loader, Shares
-from clipdist.loop import run_stages
-from clipdist.opening import PAIR_COLUMNS, Worker
+from clipdist.opening import PAIR_COLUMNS
 from clipdist.optimizer import make_optimizer, set_learning
 from clipdist.outputs import row_groups
 from clipdist.progress import Progress
@@ -44,8 +31,6 @@ from clipdist.schema import Stamp, recorded
 from clipdist.step import Batch, GlobalLoss, optimise
 from clipdist.towers import Towers
 from clipdist.vocab import VocabularyConfig
-
-REPORT_SECONDS = 0.5
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -57,7 +42,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if storage.exists(storage.join(output, "result.json")):
         return read_result(output)
     runtime.connect()
-    scale = _scale(absolute)
+    scale = workers.plan(absolute)
     towers = _checked_model(absolute, manifest)
     with lease.held(output):
         storage.put_if_absent(storage.join(output, "stamp.json"), json.dumps(stamp.to_json()).encode())
@@ -66,7 +51,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         runtime.save_config(output, dump(absolute))
         with Progress("train", _pairs_in_all(resolved, manifest), "pairs") as bar:
             watched = History(resolved, _rows(manifest, "train"), bar)
-            _train(resolved, manifest, scale, watched)
+            workers.train(resolved, manifest, scale, watched)
         return _finish(resolved, watched)
 
 
@@ -199,181 +184,21 @@ def _refuse_other_run(output: str, stamp: Stamp) -> None:
         raise UserError(f"{output}: this folder already holds {strange[0]}; choose an empty or new output")
 
 
-def _lanes(config: TrainConfig, workers: int) -> int:
+def _lanes(config: TrainConfig, count: int) -> int:
     """The run's lanes, chosen when it first starts: another number would be another order of the pairs."""
     path = storage.join(config.output, "lanes.json")
-    chosen = config.lanes or max(DEFAULT_LANES, workers)
+    chosen = config.lanes or max(DEFAULT_LANES, count)
     storage.put_if_absent(path, json.dumps(chosen).encode())
     lanes = int(json.loads(storage.read_bytes(path)))
-    if lanes < workers:
+    if lanes < count:
         raise UserError(
-            f"workers.num_workers: {workers} workers, but this run was started with {lanes} lanes, each read by one "
+            f"workers.num_workers: {count} workers, but this run was started with {lanes} lanes, each read by one "
             f"worker; use at most {lanes} workers, or a new output"
         )
-    if lanes % workers:
-        even = -(-lanes // workers) * workers
-        print(f"note: {workers} workers share {lanes} lanes unevenly; with lanes={even} none waits", file=sys.stderr)
+    if lanes % count:
+        even = -(-lanes // count) * count
+        print(f"note: {count} workers share {lanes} lanes unevenly; with lanes={even} none waits", file=sys.stderr)
     return lanes
-
-
-@ray.remote(num_cpus=0)
-class EventBox:
-    """Where rank 0 puts what happened, and hears whether the driver wants it to leave."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.leaving = False
-
-    def add(self, events: list[dict[str, Any]]) -> bool:
-        self.events += events
-        return self.leaving
-
-    def take(self) -> list[dict[str, Any]]:
-        taken, self.events = self.events, []
-        return taken
-
-    def leave(self) -> None:
-        self.leaving = True
-
-
-def _train(config: TrainConfig, manifest: Manifest, scale: runtime.Scale, watched: History) -> None:
-    scratch = tempfile.mkdtemp(prefix="clipdist-ray-")  # Ray's own notes; our checkpoints are not reported to it
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    box = EventBox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    decoders = config.workers.decoders
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={
-            "config": config,
-            "manifest": manifest,
-            "box": box,
-            "decoders": decoders if decoders is not None else scale.decoders,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu=scale.use_gpu, resources_per_worker=scale.resources
-        ),
-        run_config=ray.train.RunConfig(
-            storage_path=scratch,
-            failure_config=ray.train.FailureConfig(max_failures=config.workers.max_restarts),
-        ),
-    )
-    try:
-        with _leaving_on_signals(box) as signals:
-            _fit(trainer, box, watched)
-    finally:
-        watched.write()
-        shutil.rmtree(scratch, ignore_errors=True)
-    if watched.problems:
-        raise UserError(*dict.fromkeys(watched.problems))
-    if signals:
-        raise KeyboardInterrupt
-
-
-def _fit(trainer: ray.train.torch.TorchTrainer, box: Any, watched: History) -> None:
-    """Runs the trainer in a thread, so that signals are ours, and takes events until it ends."""
-    outcome: Future[None] = Future()
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-            outcome.set_result(None)
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=fit, daemon=True).start()
-    while not outcome.done():
-        time.sleep(REPORT_SECONDS)
-        with contextlib.suppress(ray.exceptions.GetTimeoutError):
-            watched.add(ray.get(box.take.remote(), timeout=60))
-    watched.add(ray.get(box.take.remote()))
-    try:
-        outcome.result()
-    except ray.train.TrainingFailedError as error:
-        raise _unwrapped(error) from None
-
-
-@contextlib.contextmanager
-def _leaving_on_signals(box: Any) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM saves and leaves; a second one leaves at once. Gives the signals that came."""
-    came: list[int] = []
-
-    def on_signal(number: int, _: Any) -> None:
-        came.append(number)
-        if len(came) > 1:
-            raise KeyboardInterrupt
-        print("\nsaving a checkpoint, then leaving (once more: leave at once)", file=sys.stderr)
-        box.leave.remote()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    earlier = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def _unwrapped(error: ray.train.TrainingFailedError) -> Exception:
-    """The failure of a worker itself, instead of what Ray says around it."""
-    for cause in getattr(error, "worker_failures", {}).values():
-        inner = getattr(cause, "cause", cause)
-        if isinstance(inner, UserError):
-            return inner
-    return error
-
-
-def _scale(config: TrainConfig) -> runtime.Scale:
-    """Workers and what each gets. UserError when the cluster has not enough."""
-    gpus, cpus = runtime.gpus(), runtime.cpus()
-    use_gpu = config.workers.use_gpu if config.workers.use_gpu is not None else gpus > 0
-    workers = config.workers.num_workers or (max(gpus, 1) if use_gpu else min(2, cpus))
-    there, kind = (gpus, "GPUs") if use_gpu else (cpus, "CPU cores")
-    if workers > there:
-        raise UserError(f"workers.num_workers: {workers} workers need {workers} {kind}; the cluster has {there}")
-    return runtime.scale(workers, use_gpu)
-
-
-def _worker(parameters: dict[str, Any]) -> None:
-    """One rank: Ray calls this on every worker, and again on all of them after a failure."""
-    box, pending, last, leaving = parameters["box"], [], [0.0], [False]
-
-    def report(event: dict[str, Any]) -> None:
-        if event["event"] == "validated":
-            ray.train.report({name: value for name, value in event.items() if isinstance(value, int | float)})
-        if collectives.rank() != 0:
-            return
-        pending.append(event | {"time": time.time()})
-        if event["event"] != "step" or time.monotonic() - last[0] > REPORT_SECONDS:
-            last[0] = time.monotonic()
-            leaving[0] = ray.get(box.add.remote(list(pending)))
-            pending.clear()
-
-    logging.getLogger("root").setLevel(logging.ERROR)
-    context = ray.train.get_context()
-    device = torch.device(ray.train.torch.get_device())
-    worker = Worker(
-        device, context.get_local_world_size(), parameters["decoders"], report, lambda: leaving[0] or _preempted()
-    )
-    try:
-        finished = run_stages(parameters["config"], parameters["manifest"], worker)
-    except (UserError, FloatingPointError) as error:  # all ranks meet these alike; trying again would not help
-        problems = error.problems if isinstance(error, UserError) else [str(error)]
-        report({"event": "failed", "problems": list(problems)})
-        return
-    if collectives.rank() == 0:
-        ray.get(box.add.remote(pending))
-    while not finished and _preempted():  # saved; Ray starts all workers anew where there is room
-        time.sleep(1)
-
-
-def _preempted() -> bool:
-    """Whether a node of this run is about to be taken away. The public function is a barrier: too slow for a step."""
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _finish(config: TrainConfig, watched: History) -> dict[str, Any]:

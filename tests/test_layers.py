@@ -59,7 +59,7 @@ LEARN = [
     "starter",
     "searcher",
 ]
-RAY = ["runtime", "prepare", "embed", "train", "evaluate", "find"]
+RAY = ["runtime", "prepare", "embed", "workers", "train", "evaluate", "find"]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 

@@ -1,0 +1,191 @@
+"""Training workers under Ray Train: how many, their events to the driver, signals, preemption, restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from clipdist import collectives, runtime
+from clipdist.config import UserError
+from clipdist.history import History
+from clipdist.ledger import Manifest
+from clipdist.loop import run_stages
+from clipdist.opening import Worker
+from clipdist.recipe import TrainConfig
+
+REPORT_SECONDS = 0.5
+
+
+@ray.remote(num_cpus=0)
+class EventBox:
+    """Where rank 0 puts what happened, and hears whether the driver wants it to leave."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.leaving = False
+
+    def add(self, events: list[dict[str, Any]]) -> bool:
+        self.events += events
+        return self.leaving
+
+    def take(self) -> list[dict[str, Any]]:
+        taken, self.events = self.events, []
+        return taken
+
+    def leave(self) -> None:
+        self.leaving = True
+
+
+def train(config: TrainConfig, manifest: Manifest, scale: runtime.Scale, watched: History) -> None:
+    """Runs all stages on the workers. KeyboardInterrupt when a signal made them save and leave; UserError for what a
+    worker says that trying again would not mend."""
+    scratch = tempfile.mkdtemp(prefix="clipdist-ray-")  # Ray's own notes; our checkpoints are not reported to it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    box = EventBox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    decoders = config.workers.decoders
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config,
+            "manifest": manifest,
+            "box": box,
+            "decoders": decoders if decoders is not None else scale.decoders,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.workers, use_gpu=scale.use_gpu, resources_per_worker=scale.resources
+        ),
+        run_config=ray.train.RunConfig(
+            storage_path=scratch,
+            failure_config=ray.train.FailureConfig(max_failures=config.workers.max_restarts),
+        ),
+    )
+    try:
+        with _leaving_on_signals(box) as signals:
+            _fit(trainer, box, watched)
+    finally:
+        watched.write()
+        shutil.rmtree(scratch, ignore_errors=True)
+    if watched.problems:
+        raise UserError(*dict.fromkeys(watched.problems))
+    if signals:
+        raise KeyboardInterrupt
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, box: Any, watched: History) -> None:
+    """Runs the trainer in a thread, so that signals are ours, and takes events until it ends."""
+    outcome: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.set_result(None)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    while not outcome.done():
+        time.sleep(REPORT_SECONDS)
+        with contextlib.suppress(ray.exceptions.GetTimeoutError):
+            watched.add(ray.get(box.take.remote(), timeout=60))
+    watched.add(ray.get(box.take.remote()))
+    try:
+        outcome.result()
+    except ray.train.TrainingFailedError as error:
+        raise _unwrapped(error) from None
+
+
+@contextlib.contextmanager
+def _leaving_on_signals(box: Any) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM saves and leaves; a second one leaves at once. Gives the signals that came."""
+    came: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+        print("\nsaving a checkpoint, then leaving (once more: leave at once)", file=sys.stderr)
+        box.leave.remote()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    earlier = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _unwrapped(error: ray.train.TrainingFailedError) -> Exception:
+    """The failure of a worker itself, instead of what Ray says around it."""
+    for cause in getattr(error, "worker_failures", {}).values():
+        inner = getattr(cause, "cause", cause)
+        if isinstance(inner, UserError):
+            return inner
+    return error
+
+
+def plan(config: TrainConfig) -> runtime.Scale:
+    """Workers and what each gets. UserError when the cluster has not enough."""
+    gpus, cpus = runtime.gpus(), runtime.cpus()
+    use_gpu = config.workers.use_gpu if config.workers.use_gpu is not None else gpus > 0
+    workers = config.workers.num_workers or (max(gpus, 1) if use_gpu else min(2, cpus))
+    there, kind = (gpus, "GPUs") if use_gpu else (cpus, "CPU cores")
+    if workers > there:
+        raise UserError(f"workers.num_workers: {workers} workers need {workers} {kind}; the cluster has {there}")
+    return runtime.scale(workers, use_gpu)
+
+
+def _worker(parameters: dict[str, Any]) -> None:
+    """One rank: Ray calls this on every worker, and again on all of them after a failure."""
+    box, pending, last, leaving = parameters["box"], [], [0.0], [False]
+
+    def report(event: dict[str, Any]) -> None:
+        if collectives.rank() != 0:
+            return
+        pending.append(event | {"time": time.time()})
+        if event["event"] != "step" or time.monotonic() - last[0] > REPORT_SECONDS:
+            last[0] = time.monotonic()
+            leaving[0] = ray.get(box.add.remote(list(pending)))
+            pending.clear()
+
+    logging.getLogger("root").setLevel(logging.ERROR)
+    context = ray.train.get_context()
+    device = torch.device(ray.train.torch.get_device())
+    worker = Worker(
+        device, context.get_local_world_size(), parameters["decoders"], report, lambda: leaving[0] or _preempted()
+    )
+    try:
+        finished = run_stages(parameters["config"], parameters["manifest"], worker)
+    except (UserError, FloatingPointError) as error:  # all ranks meet these alike; trying again would not help
+        problems = error.problems if isinstance(error, UserError) else [str(error)]
+        report({"event": "failed", "problems": list(problems)})
+        return
+    if collectives.rank() == 0:
+        ray.get(box.add.remote(pending))
+    while not finished and _preempted():  # saved; Ray starts all workers anew where there is room
+        time.sleep(1)
+
+
+def _preempted() -> bool:
+    """Whether a node of this run is about to be taken away. The public function is a barrier: too slow for a step."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
