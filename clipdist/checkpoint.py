@@ -82,6 +82,10 @@ class Writer:
         """Until the last checkpoint is complete."""
         self._pending.result()
 
+    def done(self) -> bool:
+        """Whether the last checkpoint is complete."""
+        return self._pending.done()
+
     def _finish(self, path: str, folder: Path, record: dict[str, object]) -> None:
         if not storage.is_local(path):
             fs, inner = storage.filesystem(path)

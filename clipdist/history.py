@@ -1,16 +1,17 @@
-"""What a person sees of a training and what stays of it: the bar, a line per validation, metrics.jsonl, curves."""
+"""What a person sees of a training: the bar, a line per validation, curves, a summary and remarks that help."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from clipdist import storage
 from clipdist.config import UserError
+from clipdist.journal import is_line
 from clipdist.progress import Progress
 from clipdist.recipe import TrainConfig, pairs_seen
 from clipdist.report import duration, percent, table
@@ -26,20 +27,15 @@ class History:
     config: TrainConfig
     train_rows: int
     bar: Progress
-    lines: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    unsaved: bool = False
+    """Steps were taken since the last checkpoint."""
+    finished: bool = False
     curves: Any = None
 
     def __post_init__(self) -> None:
-        if storage.exists(self._path):
-            self.lines = [json.loads(line) for line in storage.read_bytes(self._path).splitlines()]
         if self.config.tensorboard:
             self.curves = open_curves(storage.join(self.config.output, "tensorboard"))
-
-    @property
-    def _path(self) -> str:
-        return storage.join(self.config.output, "metrics.jsonl")
 
     def add(self, events: Sequence[dict[str, Any]]) -> None:
         for event in events:
@@ -47,21 +43,16 @@ class History:
 
     def _workers(self, event: dict[str, Any]) -> None:
         """Training starts, or goes on from a checkpoint: later steps of a run that died will be seen again."""
-        self.lines = [line for line in self.lines if line.get("step", 0) <= event["step"]]
+        self.unsaved = False
         done = pairs_seen(self.config, self.train_rows, event["stage"], event["stage_step"])
         self.bar.advance(done - self.bar.done, workers=event["workers"])
-        self.lines.append(event)
 
     def _step(self, event: dict[str, Any]) -> None:
+        self.unsaved = True
         names = ("stage", "epoch", "loss", "pairs_per_second", "data_wait")
-        shown = {name: event[name] for name in names if name in event}
-        self.bar.advance(event["pairs"], **shown)
-        if event["step"] % self.config.log_every_steps == 0 or event["step"] == 1:
-            self.lines.append(event)
+        self.bar.advance(event["pairs"], **{name: event[name] for name in names if name in event})
+        if is_line(event, self.config.log_every_steps):
             self._draw(event, ("gradient_norm", "learning_rate", "logit_scale", *names[2:]))
-        if "data_wait" in event:
-            self.facts["data_wait"] = event["data_wait"]
-        self.facts["memory_bytes"] = max(event["memory_bytes"], self.facts.get("memory_bytes", 0))
 
     def _validated(self, event: dict[str, Any]) -> None:
         best = self.config.validation.best
@@ -70,26 +61,29 @@ class History:
             f"{best} {event.get(best, float('nan')):.4f}",
             **{name: value for name, value in event.items() if name not in ("event", "time")},
         )
-        self.lines.append(event)
         self._draw(event, [name for name in event if "/" in name])
-        self.write()
-
-    def _epoch(self, event: dict[str, Any]) -> None:
-        self.lines.append(event)
-        self.facts.setdefault("epoch_seconds", {}).setdefault(event["stage"], []).append(event["seconds"])
+        self.upload_curves()
 
     def _encoded(self, event: dict[str, Any]) -> None:
-        share = percent(event["row_groups"] / event["of"])
-        self.bar.advance(0, encoding=f"{event['split']} {share}")
-
-    def _outputs(self, event: dict[str, Any]) -> None:
-        self.lines.append(event)
-        self.facts.setdefault("outputs_seconds", {})[event["stage"]] = event["seconds"]
+        self.bar.advance(0, encoding=f"{event['split']} {percent(event['row_groups'] / event['of'])}")
 
     def _interpolated(self, event: dict[str, Any]) -> None:
         scores = "  ".join(f"{score:.4f}" for score in event["scores"])
-        self.bar.note(f"  start x {1 - event['alpha']:.1f} + trained x {event['alpha']:.1f}  {scores}", **event)
-        self.lines.append(event)
+        self.bar.note(
+            f"  interpolated  start x {1 - event['alpha']:.1f} + trained x {event['alpha']:.1f}  {scores}",
+            **{name: value for name, value in event.items() if name not in ("event", "time")},
+        )
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        """Stands in the journal."""
+
+    _outputs = _epoch
+
+    def _saved(self, event: dict[str, Any]) -> None:
+        self.unsaved = False
+
+    def _finished(self, event: dict[str, Any]) -> None:
+        self.finished = True
 
     def _failed(self, event: dict[str, Any]) -> None:
         self.problems += event["problems"]
@@ -100,30 +94,13 @@ class History:
                 if isinstance(event.get(name), int | float):
                     self.curves.add_scalar(f"{event['stage']}/{name}", event[name], event["step"])
 
-    def write(self) -> None:
-        storage.write_atomic(self._path, b"".join(json.dumps(line).encode() + b"\n" for line in self.lines))
+    def upload_curves(self) -> None:
+        """What was drawn so far goes to the store, when the output is on one."""
         if self.curves is not None:
             self.curves.flush()
-            _upload_curves(Path(self.curves.logdir), storage.join(self.config.output, "tensorboard"))
-
-    def remarks(self) -> list[str]:
-        """How time was spent, and what would help."""
-        found = []
-        for stage, seconds in self.facts.get("outputs_seconds", {}).items():
-            epochs = self.facts.get("epoch_seconds", {}).get(stage, [])[1:]
-            if epochs:
-                mean = sum(epochs) / len(epochs)
-                found.append(
-                    f"{stage}: tower outputs were computed once in {duration(seconds)}; an epoch on them takes "
-                    f"{mean:.2f} s, {seconds / max(mean, 1e-9):.0f} times less"
-                )
-        wait = self.facts.get("data_wait", 0.0)
-        if wait > WAIT_ADVICE:
-            found.append(
-                f"{percent(wait)} of the time went into waiting for data: raise workers.decoders, store smaller "
-                "pictures (prepare's max_side), or give the workers more cores"
-            )
-        return found
+            folder, path = Path(self.curves.logdir), storage.join(self.config.output, "tensorboard")
+            for file in folder.iterdir() if not storage.is_local(path) else ():
+                storage.write_atomic(storage.join(path, file.name), file.read_bytes())
 
 
 def open_curves(path: str) -> Any:
@@ -135,10 +112,36 @@ def open_curves(path: str) -> Any:
     return SummaryWriter(path if storage.is_local(path) else tempfile.mkdtemp(prefix="clipdist-tensorboard-"))
 
 
-def _upload_curves(folder: Path, path: str) -> None:
-    if not storage.is_local(path):
-        for file in folder.iterdir():
-            storage.write_atomic(storage.join(path, file.name), file.read_bytes())
+def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
+    """How long the workers were at it, without the time between two starts."""
+    starts = [number for number, line in enumerate(lines) if line["event"] == "workers"]
+    runs = pairwise([*starts, len(lines)])
+    return float(sum(lines[after - 1]["time"] - lines[first]["time"] for first, after in runs))
+
+
+def remarks(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """How time was spent, and what would help."""
+    found = []
+    for once in (line for line in lines if line["event"] == "outputs"):
+        epochs = [line["seconds"] for line in lines if line["event"] == "epoch" and line["stage"] == once["stage"]][1:]
+        if epochs:
+            mean = sum(epochs) / len(epochs)
+            found.append(
+                f"{once['stage']}: tower outputs were computed once in {duration(once['seconds'])}; an epoch on them "
+                f"takes {mean:.2f} s, {once['seconds'] / max(mean, 1e-9):.0f} times less"
+            )
+    wait = data_wait(lines)
+    if wait is not None and wait > WAIT_ADVICE:
+        found.append(
+            f"{percent(wait)} of the time went into waiting for data: raise workers.decoders, store smaller "
+            "pictures (prepare's max_side), or give the workers more cores"
+        )
+    return found
+
+
+def data_wait(lines: Sequence[dict[str, Any]]) -> float | None:
+    """Share of the time that the last steps waited for data."""
+    return next((line["data_wait"] for line in reversed(lines) if "data_wait" in line), None)
 
 
 def summary(output: str, result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -54,16 +55,17 @@ class Shares:
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """This rank's rows of one global batch: a table, the caption of each row in this epoch, and the pictures.
+    """This rank's rows of one global batch: a table, the caption of each row in this epoch, its tokens, the pictures.
 
-    `pixels` uint8 [rows, size, size, 3], or None when no picture is needed; `keys` int64 [rows, 2] are the hashes of
-    group and caption that tell positives (0: none).
+    `tokens` int64 [rows, length] and `pixels` uint8 [rows, size, size, 3] are None when they are not needed; `keys`
+    int64 [rows, 2] are the hashes of group and caption that tell positives (0: none).
     """
 
     table: pa.Table
     choices: Indices
     captions: list[str]
     keys: Tensor
+    tokens: Tensor | None
     pixels: Tensor | None
     global_rows: int
     step: int
@@ -112,13 +114,20 @@ def _open_epoch(rows: Rows, shares: Shares, mine: range, epoch: int, first: int)
 class Loader:
     """Local batches of a stage. `wait_seconds` counts the time that the training waited for them.
 
-    `preprocess` None: no picture is needed. `decoders` worker processes decode (0: this process does).
+    `preprocess` None: no picture is needed; `tokenise` None: no text. `decoders` worker processes decode (0: this
+    process does). A thread puts the next batch together while the training works on one.
     """
 
     def __init__(
-        self, rows: Rows, shares: Shares, preprocess: Preprocess | None, change: AugmentConfig, decoders: int
+        self,
+        rows: Rows,
+        shares: Shares,
+        tokenise: Callable[[list[str]], Tensor] | None,
+        preprocess: Preprocess | None,
+        change: AugmentConfig,
+        decoders: int,
     ) -> None:
-        self.rows, self.shares = rows, shares
+        self.rows, self.shares, self.tokenise = rows, shares, tokenise
         self.preprocess, self.change, self.decoders = preprocess, change, decoders
         self.wait_seconds = 0.0
 
@@ -129,13 +138,16 @@ class Loader:
             decode = Decode(self.preprocess, self.change, self.shares.seed)
             decoded = decode_ahead(coming, _encoded, decode, self.decoders)
             coming = (replace(batch, pixels=pixels) for batch, pixels in decoded)
-        while True:
-            started = time.perf_counter()
-            batch = next(coming, None)
-            self.wait_seconds += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(next, coming, None)
+            while True:
+                started = time.perf_counter()
+                batch = ahead.result()
+                self.wait_seconds += time.perf_counter() - started
+                if batch is None:
+                    return
+                ahead = thread.submit(next, coming, None)
+                yield batch
 
     def _planned(self, first_step: int) -> Iterator[LocalBatch]:
         seed = self.shares.seed
@@ -149,7 +161,9 @@ class Loader:
                 for group, text in zip(groups, texts, strict=True)
             ]
             key_tensor = torch.tensor(keys, dtype=torch.int64).reshape(len(keys), 2)
-            yield LocalBatch(table, np.array(choices, np.int64), texts, key_tensor, None, global_rows, step, epoch)
+            tokens = self.tokenise(texts) if texts and self.tokenise is not None else None
+            chosen = np.array(choices, np.int64)
+            yield LocalBatch(table, chosen, texts, key_tensor, tokens, None, global_rows, step, epoch)
 
 
 def _encoded(batch: LocalBatch) -> list[Picture]:

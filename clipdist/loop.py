@@ -43,14 +43,16 @@ def run_stages(config: TrainConfig, manifest: Manifest, worker: Worker) -> bool:
             continue
         position, state = _run_stage(run, index, position, state if position.step else {})
         if run.left:
-            run.writer.wait()
-            return False
-    if config.interpolate is not None and position.stage < len(config.stages):
-        _interpolate(run, manifest, position)
+            break
+    if not run.left and config.interpolate is not None and position.stage < len(config.stages):
+        _interpolate(run, position)
     run.writer.wait()
+    if run.left:
+        return False
     if collectives.rank() == 0:
         storage.remove_tree(storage.join(config.output, "outputs"))
     collectives.barrier()
+    run.worker.report({"event": "finished"})
     return True
 
 
@@ -74,7 +76,8 @@ def _run_stage(
         collectives.world_size(),
     )
     preprocess = None if stage.reused[0] else run.towers.preprocess
-    loader = Loader(stage.rows, shares, preprocess, settings.augment, run.worker.decoders)
+    tokenise = None if stage.reused[1] else run.towers.tokenise
+    loader = Loader(stage.rows, shares, tokenise, preprocess, settings.augment, run.worker.decoders)
     meter, epoch_started = Meter(loader), time.perf_counter()
     try:
         for local in loader.batches(position.stage_step):
@@ -154,12 +157,14 @@ def device_batch(run: Run, stage: Stage, local: LocalBatch) -> Batch:
         return outputs.matrix(values)
 
     shown: Tensor | None
+    told: Tensor | None
     if not rows:
         shown, told = _one_row(run, stage)
     else:
         shown = column("image_output", False) if images_reused else local.pixels
-        told = column("text_outputs", True) if texts_reused else towers.tokenise(local.captions)
+        told = column("text_outputs", True) if texts_reused else local.tokens
     assert shown is not None
+    assert told is not None
     teacher = None
     if stage.config.distillation:
         own = (column("image_teacher", False), column("text_teachers", True))
@@ -244,7 +249,7 @@ def _step_event(
     }
 
 
-def _interpolate(run: Run, manifest: Manifest, position: Progress) -> None:
+def _interpolate(run: Run, position: Progress) -> None:
     """WiSE-FT: the best mixture of the best trained weights and the starting ones, as one more checkpoint."""
     config, settings = run.config, run.config.interpolate
     assert settings is not None
@@ -264,11 +269,15 @@ def _interpolate(run: Run, manifest: Manifest, position: Progress) -> None:
     last = {name: value.clone() for name, value in run.towers.model.state_dict().items()}
     scores, metrics = {}, {}
     for alpha in settings.alphas:
+        if any(collectives.gather_objects(run.worker.wants_to_leave())):
+            run.left = True  # nothing to save: a resumed run tries all of them again
+            return
         run.towers.model.load_state_dict(interpolated(first, last, alpha))
         found = [held_out.measure(encoder, towers_frozen=False) for held_out in sets]
         scores[alpha], metrics[alpha] = [one[config.validation.best] for one in found], found[0]
-        run.worker.report({"event": "interpolated", "alpha": alpha, "scores": scores[alpha]})
+        facts = {"stage": "interpolated", "step": position.step, "alpha": alpha, "scores": scores[alpha]}
+        run.worker.report({"event": "interpolated", **facts})
     alpha = best_alpha(scores)
     run.towers.model.load_state_dict(interpolated(first, last, alpha))
-    facts = {"alpha": alpha, **metrics[alpha]}
-    run.save(Progress(len(config.stages), "interpolated", 0, position.step, stage_done=True, metrics=facts), {})
+    chosen = {"alpha": alpha, **metrics[alpha]}
+    run.save(Progress(len(config.stages), "interpolated", 0, position.step, stage_done=True, metrics=chosen), {})

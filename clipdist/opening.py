@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from clipdist import checkpoint, collectives, memory, models, outputs, stages, storage
 from clipdist.checkpoint import START, Progress, Writer
 from clipdist.config import UserError
+from clipdist.journal import Journal, Report
 from clipdist.ledger import Manifest
 from clipdist.models import ModelConfig
 from clipdist.optimizer import Learning, carry_state, make_optimizer, set_learning
-from clipdist.outputs import Encoder, Report, row_groups, write_outputs
+from clipdist.outputs import Encoder, row_groups, write_outputs
 from clipdist.reader import IN_MEMORY_BYTES, RowGroups, Rows
 from clipdist.recipe import TrainConfig
 from clipdist.stages import StageConfig
@@ -52,14 +53,18 @@ class Run:
     in_memory: bool
     held_out: HeldOut
     writer: Writer
+    journal: Journal | None
     saved_at: float = 0.0
     left: bool = False
 
     def save(self, progress: Progress, state: dict[str, Tensor]) -> None:
         """Only rank 0 writes: all ranks have the same weights. The others go on and meet it in the next step."""
         self.saved_at = time.monotonic()
-        if collectives.rank() == 0:
+        if self.journal is not None:
+            self.journal.write()
             self.writer.save(self.towers, state, progress)
+            if self.writer.done():
+                self.worker.report({"event": "saved"})
 
 
 @dataclass
@@ -95,6 +100,9 @@ def open_run(config: TrainConfig, manifest: Manifest, worker: Worker) -> tuple[R
         checkpoint.remove_incomplete(config.output)
     found = checkpoint.complete(config.output) if collectives.rank() == 0 else []
     path, position = collectives.broadcast_object(found[-1] if found else (None, START))
+    journal = Journal(config.output, config.log_every_steps, position.step) if collectives.rank() == 0 else None
+    if journal is not None:
+        worker = replace(worker, report=journal.before(worker.report))
     facts = {"stage": position.stage, "stage_step": position.stage_step, "step": position.step}
     worker.report({"event": "workers", "workers": collectives.world_size(), **facts})
     if path is None:
@@ -112,13 +120,14 @@ def open_run(config: TrainConfig, manifest: Manifest, worker: Worker) -> tuple[R
     in_memory = sum(file.file_bytes for file in manifest.select("pairs", "train")) <= IN_MEMORY_BYTES
     pairs = row_groups(manifest, "train", PAIR_COLUMNS)
     writer = Writer(config.output, config.validation.best)
-    run = Run(config, worker, towers, encoder, pairs, in_memory, held_out, writer, time.monotonic())
+    run = Run(config, worker, towers, encoder, pairs, in_memory, held_out, writer, journal, time.monotonic())
     if path is not None:
         return run, position, checkpoint.optimizer_state(path)
     metrics = held_out.measure(encoder, towers_frozen=False)
     worker.report({"event": "validated", "stage": "start", "epoch": 0, "step": 0, **metrics})
     position = replace(START, metrics=metrics)
     run.save(position, {})
+    run.writer.wait()
     collectives.barrier()
     return run, position, {}
 
@@ -143,7 +152,7 @@ def open_stage(run: Run, index: int, position: Progress, state: dict[str, Tensor
     if config.speed.compile:
         towers.compile()
     loss = GlobalLoss(towers, config.loss_of(towers), run.encoder.autocast, settings.distillation)
-    rows = _open_rows(run, index, settings, reused)
+    rows = _open_rows(run, index, position.step, settings, reused)
     per_epoch = stages.steps_per_epoch(len(rows), config.batch_size_of(settings))
     steps = stages.total_steps(settings, per_epoch)
     model = collectives.wrap(loss)
@@ -157,7 +166,7 @@ def reusable(config: TrainConfig, stage: StageConfig, towers: Towers) -> tuple[b
     return images, fixed and not stage.tower_learns("text") and towers.texts_reusable
 
 
-def _open_rows(run: Run, index: int, stage: StageConfig, reused: tuple[bool, bool]) -> Rows:
+def _open_rows(run: Run, index: int, step: int, stage: StageConfig, reused: tuple[bool, bool]) -> Rows:
     """The training rows with what the stage needs of them: pictures, reused outputs, the teacher's embeddings."""
     images, texts = reused
     tables = [run.pairs if images else replace(run.pairs, columns=(*run.pairs.columns, "image"))]
@@ -169,9 +178,8 @@ def _open_rows(run: Run, index: int, stage: StageConfig, reused: tuple[bool, boo
         place = storage.join(folder, f"{index:02d}-{name}")
         tables.append(write_outputs(run.encoder, run.pairs, place, images=images, texts=texts))
         seconds = time.monotonic() - started
-        run.worker.report(
-            {"event": "outputs", "stage": stage.name, "seconds": seconds, "images": images, "texts": texts}
-        )
+        facts = {"stage": stage.name, "step": step, "seconds": seconds, "images": images, "texts": texts}
+        run.worker.report({"event": "outputs", **facts})
     if stage.distillation:
         start = models.load(ModelConfig(name=checkpoint.start_of(run.config.output))).to(run.worker.device)
         encoder = replace(run.encoder, towers=start)

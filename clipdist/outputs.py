@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from clipdist import collectives, storage
 from clipdist.config import UserError
+from clipdist.journal import Report
 from clipdist.ledger import Manifest
 from clipdist.loader import Decode, Picture, decode_ahead
 from clipdist.reader import RowGroups
@@ -33,8 +33,6 @@ ENCODE_ROWS = {"cpu": 32, "cuda": 256}
 """Rows per forward pass where no gradient is needed. Larger ones cost CPUs a third: their activations are too large
 for the allocator to keep, so every pass faults its pages in anew."""
 GROUPS_PER_PIECE = 8
-
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def _nothing_learns(stage: StageConfig, towers: Towers) -> list[str]:
     learning = [
         name for part, members in parts.items() for name, _ in members if stage.level_learns(part, levels[name])
     ]
-    if not learning:
+    if not learning and not found:
         found.append(f"the model has nothing that learns in {', '.join(stage.learns)}")
     return found
 

@@ -98,7 +98,15 @@ class StageConfig(Section):
 
 DEFAULT_STAGES = (
     StageConfig(name="projections", learns=("projections", "logit_scale"), epochs=5, learning_rate=1e-3),
-    StageConfig(name="all", learns=("all",), epochs=10, learning_rate=1e-5, learning_rates={"projections": 1e-4}),
+    StageConfig(
+        name="all",
+        learns=("all",),
+        epochs=10,
+        learning_rate=1e-5,
+        learning_rates={"projections": 1e-4},
+        layer_decay=0.85,
+        augment=AugmentConfig(crop_scale=0.9),
+    ),
 )
 """First only the projections and logit_scale, then everything at rates that keep what the towers know."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from clipdist.stages import PARTS, Part
 from clipdist.vocab import SplitEmbedding, Start, TermTokenizer, first_rows, key, pieces, unknown_id
 
 CONFIG, WEIGHTS, OWN = "open_clip_config.json", "open_clip_model.safetensors", "clipdist.json"
+TOKENISING = threading.Lock()
+"""Hugging Face's tokenizers fail when two threads use one."""
 
 
 class Towers(nn.Module):
@@ -86,8 +89,11 @@ class Towers(nn.Module):
         return cast("Tensor | None", self.model.logit_bias)
 
     def tokenise(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> int64 [texts, text_length]; what is too long loses its last words, never the end token."""
-        return cast(Tensor, self.tokenizer(list(texts), context_length=self.text_length))
+        """Texts -> int64 [texts, length]; what is too long loses its last words, never the end token. The length is
+        text_length, or less where all texts are shorter and padding behind them changes nothing."""
+        with TOKENISING:
+            tokens = cast(Tensor, self.tokenizer(list(texts), context_length=self.text_length))
+        return tokens[:, : anatomy.columns_that_count(self.text, tokens)]
 
     def image_tower_output(self, pixels: Tensor) -> Tensor:
         """uint8 [rows, size, size, 3] -> [rows, width], before the projection."""
@@ -99,7 +105,7 @@ class Towers(nn.Module):
         return anatomy.project(output, anatomy.image_projection(self.visual))
 
     def text_tower_output(self, tokens: Tensor) -> Tensor:
-        """int64 [rows, text_length] -> [rows, width], before the projection."""
+        """int64 [rows, length] -> [rows, width], before the projection."""
         return anatomy.text_output(self.text, tokens)
 
     def project_text(self, output: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ class Towers(nn.Module):
         return F.normalize(self.project_image(self.image_tower_output(pixels)), dim=-1)
 
     def text_embeddings(self, tokens: Tensor) -> Tensor:
-        """int64 [rows, text_length] -> L2-normalised [rows, dim]."""
+        """int64 [rows, length] -> L2-normalised [rows, dim]."""
         return F.normalize(self.project_text(self.text_tower_output(tokens)), dim=-1)
 
     def parts(self) -> dict[Part, list[tuple[str, nn.Parameter]]]:

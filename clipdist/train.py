@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import Any
 
-from clipdist import checkpoint, history, lease, models, recipe, runtime, stages, storage, workers
+from clipdist import checkpoint, history, journal, lease, models, recipe, runtime, stages, storage, workers
 from clipdist.config import UserError, dump
 from clipdist.history import History
 from clipdist.lanes import DEFAULT_LANES
@@ -52,7 +52,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         with Progress("train", _pairs_in_all(resolved, manifest), "pairs") as bar:
             watched = History(resolved, _rows(manifest, "train"), bar)
             workers.train(resolved, manifest, scale, watched)
-        return _finish(resolved, watched)
+        return _finish(resolved)
 
 
 def read_result(output: str) -> dict[str, Any]:
@@ -75,9 +75,10 @@ def dry_run(config: TrainConfig) -> list[tuple[str, str]]:
     first = RowGroups(groups.files[:1], groups.indices[:1], groups.rows[:1], groups.columns)
     shares = Shares(config.seed, 0, 8, 1, 1, 0, 1)
     rows = Rows([first], in_memory=True)
-    local = next(Loader(rows, shares, towers.preprocess, stage.augment, decoders=0).batches())
+    local = next(Loader(rows, shares, towers.tokenise, towers.preprocess, stage.augment, decoders=0).batches())
     assert local.pixels is not None
-    batch = Batch(local.pixels, towers.tokenise(local.captions), local.keys, local.rows, local.global_rows)
+    assert local.tokens is not None
+    batch = Batch(local.pixels, local.tokens, local.keys, local.rows, local.global_rows)
     optimizer = make_optimizer(learning, stage.weight_decay, fused=True)
     loss, started = GlobalLoss(towers, config.loss_of(towers)), time.perf_counter()
     rates = dict.fromkeys(stage.parts(), 0.0)
@@ -201,14 +202,14 @@ def _lanes(config: TrainConfig, count: int) -> int:
     return lanes
 
 
-def _finish(config: TrainConfig, watched: History) -> dict[str, Any]:
+def _finish(config: TrainConfig) -> dict[str, Any]:
     """Writes result.json: the run is finished."""
     found = checkpoint.complete(config.output)
     if not found:
         raise RuntimeError(f"{config.output}: training ended without a complete checkpoint")
     best_path, best = checkpoint.best(found, config.validation.best)
     last_path, last = found[-1]
-    started = [line["time"] for line in watched.lines if line["event"] == "workers"]
+    lines = journal.read(config.output)
     result = {
         "best": "checkpoints/" + best_path.rpartition("/")[2],
         "last": "checkpoints/" + last_path.rpartition("/")[2],
@@ -216,10 +217,10 @@ def _finish(config: TrainConfig, watched: History) -> dict[str, Any]:
         "metrics": best.metrics,
         "start_metrics": found[0][1].metrics,
         "last_metrics": last.metrics,
-        "data_wait": watched.facts.get("data_wait"),
-        "memory_bytes": watched.facts.get("memory_bytes"),
-        "seconds": watched.lines[-1]["time"] - started[0] if started else None,
-        "remarks": watched.remarks(),
+        "data_wait": history.data_wait(lines),
+        "memory_bytes": max((line["memory_bytes"] for line in lines if line["event"] == "step"), default=None),
+        "seconds": history.seconds_of(lines),
+        "remarks": history.remarks(lines),
     }
     storage.write_atomic(storage.join(config.output, "result.json"), json.dumps(result, indent=1).encode())
     return result

@@ -29,6 +29,7 @@ from clipdist.opening import Worker
 from clipdist.recipe import TrainConfig
 
 REPORT_SECONDS = 0.5
+IDLE_SECONDS = 10.0
 
 
 @ray.remote(num_cpus=0)
@@ -77,18 +78,19 @@ def train(config: TrainConfig, manifest: Manifest, scale: runtime.Scale, watched
     )
     try:
         with _leaving_on_signals(box) as signals:
-            _fit(trainer, box, watched)
+            _fit(trainer, box, watched, signals)
     finally:
-        watched.write()
+        watched.upload_curves()
         shutil.rmtree(scratch, ignore_errors=True)
     if watched.problems:
         raise UserError(*dict.fromkeys(watched.problems))
-    if signals:
+    if not watched.finished:
         raise KeyboardInterrupt
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, box: Any, watched: History) -> None:
-    """Runs the trainer in a thread, so that signals are ours, and takes events until it ends."""
+def _fit(trainer: ray.train.torch.TorchTrainer, box: Any, watched: History, signals: list[float]) -> None:
+    """Runs the trainer in a thread, so that signals are ours, and takes events until it ends. After a signal the
+    workers have IDLE_SECONDS to begin a step; where they take none, in a long validation, there is nothing to save."""
     outcome: Future[None] = Future()
 
     def fit() -> None:
@@ -103,6 +105,8 @@ def _fit(trainer: ray.train.torch.TorchTrainer, box: Any, watched: History) -> N
         time.sleep(REPORT_SECONDS)
         with contextlib.suppress(ray.exceptions.GetTimeoutError):
             watched.add(ray.get(box.take.remote(), timeout=60))
+        if signals and not watched.unsaved and time.monotonic() - signals[0] > IDLE_SECONDS:
+            raise KeyboardInterrupt
     watched.add(ray.get(box.take.remote()))
     try:
         outcome.result()
@@ -111,12 +115,12 @@ def _fit(trainer: ray.train.torch.TorchTrainer, box: Any, watched: History) -> N
 
 
 @contextlib.contextmanager
-def _leaving_on_signals(box: Any) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM saves and leaves; a second one leaves at once. Gives the signals that came."""
-    came: list[int] = []
+def _leaving_on_signals(box: Any) -> Iterator[list[float]]:
+    """The first Ctrl-C or SIGTERM saves and leaves; a second one leaves at once. Gives the times at which they came."""
+    came: list[float] = []
 
-    def on_signal(number: int, _: Any) -> None:
-        came.append(number)
+    def on_signal(*_: Any) -> None:
+        came.append(time.monotonic())
         if len(came) > 1:
             raise KeyboardInterrupt
         print("\nsaving a checkpoint, then leaving (once more: leave at once)", file=sys.stderr)
@@ -160,7 +164,7 @@ def _worker(parameters: dict[str, Any]) -> None:
     def report(event: dict[str, Any]) -> None:
         if collectives.rank() != 0:
             return
-        pending.append(event | {"time": time.time()})
+        pending.append(event)
         if event["event"] != "step" or time.monotonic() - last[0] > REPORT_SECONDS:
             last[0] = time.monotonic()
             leaving[0] = ray.get(box.add.remote(list(pending)))

@@ -8,6 +8,7 @@ import pytest
 
 from clipdist.cli import JOBS, load_job
 from clipdist.config import UserError, dump, explain, flatten, load
+from clipdist.stages import DEFAULT_STAGES
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"train-reclip": "train"}
@@ -20,6 +21,10 @@ def test_shipped_yaml_loads_and_its_dump_reruns_it(name: str, tmp_path: Path) ->
     again = tmp_path / "config.yaml"
     again.write_text(dump(loaded.config))
     assert load(type(loaded.config), str(again)).config == loaded.config
+
+
+def test_a_config_without_stages_trains_as_the_shipped_yaml_does() -> None:
+    assert load_job("train", str(ROOT / "jobs" / "train.yaml"), []).config.stages == DEFAULT_STAGES
 
 
 @pytest.mark.parametrize("job", JOBS)

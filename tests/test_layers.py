@@ -14,6 +14,7 @@ LIGHT = [
     "schema",
     "ledger",
     "lease",
+    "journal",
     "topk",
     "metrics",
     "ranks",

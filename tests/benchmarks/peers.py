@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # the checkout that this file lies in is measured
 SMALL_CLIP = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": 224, "layers": 6, "width": 384, "patch_size": 32},
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
 }
 """Half of a ViT-S/32 with a small text tower: a step on 32 pairs takes about a second on two cores."""
 

@@ -1,13 +1,12 @@
-"""What stays of a training: its lines, without those of steps that were lost, its curves, and remarks that help."""
+"""What a person sees of a training: the bar, its curves, and remarks that help."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clipdist import storage
-from clipdist.history import History, summary
+from clipdist.history import History, remarks, seconds_of, summary
 from clipdist.models import ModelConfig
 from clipdist.progress import Progress
 from clipdist.recipe import TrainConfig
@@ -37,41 +36,11 @@ def validated(number: int, value: float) -> dict[str, Any]:
     return {"event": "validated", "stage": "all", "epoch": number // 10, "step": number, BEST: value}
 
 
-def lines(output: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in storage.read_bytes(storage.join(output, "metrics.jsonl")).splitlines()]
-
-
-def test_the_first_step_every_nth_and_every_validation_is_a_line(place: str) -> None:
-    one = history(place)
-    one.add([workers(0), *(step(number) for number in range(1, 8)), validated(7, 0.5), step(8)])
-    found = lines(place)
-    assert [(line["event"], line["step"]) for line in found] == [
-        ("workers", 0), ("step", 1), ("step", 2), ("step", 4), ("step", 6), ("validated", 7),
-    ]  # fmt: skip
-    assert found[3]["loss"] == 0.25
-    one.write()
-    assert lines(place)[-1]["step"] == 8
-    assert one.bar.done == 32
-    assert one.facts["memory_bytes"] == 40
-
-
-def test_a_run_that_goes_on_drops_the_lines_of_steps_that_it_takes_again(tmp_path: Path) -> None:
-    first = history(tmp_path)
-    first.add([workers(0), *(step(number) for number in range(1, 11)), validated(10, 0.5), step(12)])
-    first.write()
-    again = history(tmp_path)
-    again.add([workers(5), *(step(number) for number in range(6, 9))])
-    again.write()
-    found = [(line["event"], line["step"]) for line in lines(str(tmp_path))]
-    assert found == [("workers", 0), ("step", 1), ("step", 2), ("step", 4), ("workers", 5), ("step", 6), ("step", 8)]
-    assert again.bar.done == 8 * 4, "what was done before counts, what was lost does not"
-
-
 def test_workers_that_start_again_within_a_job_move_the_bar_back() -> None:
     one = history("/nowhere")
     one.add([workers(0), *(step(number) for number in range(1, 8)), workers(5)])
     assert one.bar.done == 20
-    assert [line["step"] for line in one.lines] == [0, 1, 2, 4, 5]
+    assert not one.unsaved
 
 
 def test_problems_of_workers_are_kept() -> None:
@@ -80,21 +49,34 @@ def test_problems_of_workers_are_kept() -> None:
     assert one.problems == ["a", "b", "c"]
 
 
-def test_remarks_tell_what_reuse_saved_and_what_waiting_cost() -> None:
+def test_what_a_signal_would_lose_is_known() -> None:
     one = history("/nowhere")
-    assert one.remarks() == []
-    one.add([{"event": "outputs", "stage": "all", "seconds": 30.0, "images": True, "texts": True}])
-    one.add([{"event": "epoch", "stage": "all", "epoch": 1, "step": 10, "seconds": 90.0}])
-    assert one.remarks() == [], "the first epoch starts everything"
-    one.add([{"event": "epoch", "stage": "all", "epoch": n, "step": 10 * n, "seconds": 1.0 * n} for n in (2, 3)])
-    (found,) = one.remarks()
+    found = []
+    for event in (workers(0), step(1), {"event": "saved"}, step(2), {"event": "finished"}):
+        one.add([event])
+        found.append((one.unsaved, one.finished))
+    assert found == [(False, False), (True, False), (False, False), (True, False), (True, True)]
+
+
+def test_remarks_tell_what_reuse_saved_and_what_waiting_cost() -> None:
+    assert remarks([]) == []
+    lines = [{"event": "outputs", "stage": "all", "seconds": 30.0, "images": True, "texts": True}]
+    lines += [{"event": "epoch", "stage": "all", "epoch": 1, "step": 10, "seconds": 90.0}]
+    assert remarks(lines) == [], "the first epoch starts everything"
+    lines += [{"event": "epoch", "stage": "all", "epoch": n, "step": 10 * n, "seconds": 1.0 * n} for n in (2, 3)]
+    (found,) = remarks(lines)
     assert "computed once in 30" in found
     assert "an epoch on them takes 2.50 s, 12 times less" in found
-    one.add([step(31, data_wait=0.04)])
-    assert len(one.remarks()) == 1
-    one.add([step(32, data_wait=0.31)])
-    assert "31" in one.remarks()[1]
-    assert "raise workers.decoders" in one.remarks()[1]
+    assert len(remarks([*lines, step(31, data_wait=0.04)])) == 1
+    advice = remarks([*lines, step(31, data_wait=0.04), step(32, data_wait=0.31), validated(32, 0.5)])[1]
+    assert "31" in advice
+    assert "raise workers.decoders" in advice
+
+
+def test_the_time_of_a_run_leaves_out_what_lay_between_two_starts() -> None:
+    times = [(workers(0), 100.0), (step(1), 105.0), (step(2), 110.0), (workers(2), 500.0), (step(3), 507.0)]
+    assert seconds_of([{**event, "time": time} for event, time in times]) == 17.0
+    assert seconds_of([]) == 0.0
 
 
 def test_curves_are_written_beside_the_run(place: str) -> None:

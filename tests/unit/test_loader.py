@@ -57,7 +57,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def run(rows: Rows, first: int = 0, change: AugmentConfig = NO_CHANGE, **changes: Any) -> list[LocalBatch]:
-    return list(Loader(rows, replace(SHARES, **changes), PREPROCESS, change, decoders=0).batches(first))
+    return list(Loader(rows, replace(SHARES, **changes), None, PREPROCESS, change, decoders=0).batches(first))
 
 
 def ids(batch: LocalBatch) -> list[str]:
@@ -161,7 +161,7 @@ def test_a_rank_without_rows_has_empty_batches_that_count_the_others(rows: Rows)
 
 def test_without_preprocessing_no_picture_is_decoded(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "decode", lambda data: pytest.fail("decoded"))
-    batches = list(Loader(rows, SHARES, None, NO_CHANGE, 0).batches())
+    batches = list(Loader(rows, SHARES, None, None, NO_CHANGE, 0).batches())
     assert all(batch.pixels is None for batch in batches)
     assert [ids(batch)[0] for batch in batches][:2] != []
 
@@ -203,6 +203,6 @@ def test_worker_processes_decode_what_this_process_decodes_in_the_same_order() -
 
 
 def test_waiting_is_counted(rows: Rows) -> None:
-    loader = Loader(rows, SHARES, PREPROCESS, NO_CHANGE, 0)
+    loader = Loader(rows, SHARES, None, PREPROCESS, NO_CHANGE, 0)
     next(loader.batches())
     assert loader.wait_seconds > 0

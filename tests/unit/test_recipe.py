@@ -41,7 +41,6 @@ def config(*stages: StageConfig, **changes: Any) -> TrainConfig:
         ),
         (config(global_batch_size=1001), "a global batch of 1,001 pairs"),
         (config(stage("one", "new_tokens")), "learns new_tokens, but the model has none; give vocabulary.terms or"),
-        (config(stage("one", "new_tokens")), "the model has nothing that learns in new_tokens"),
         (config(stage(image_size=33)), "image_size: image size 33: not a multiple of this image tower's 8 pixels; 32"),
         (config(stage(text_length=17)), "text_length: 17 tokens; the model reads at most 16"),
         (config(loss="sigmoid"), "loss: sigmoid needs a model with a logit_bias (SigLIP); this one has none"),

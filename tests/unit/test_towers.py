@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from clipdist.config import UserError
 from clipdist.stages import PARTS
@@ -36,7 +37,8 @@ def test_tower_output_then_projection_is_what_open_clip_encodes(shared: Towers) 
     mean, std = torch.tensor(shared.preprocess.mean), torch.tensor(shared.preprocess.std)
     normalised = ((shown.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = shared.model.encode_image(normalised), shared.model.encode_text(tokens)
+        whole = shared.tokenizer(TEXTS, context_length=shared.text_length)
+        expected = shared.model.encode_image(normalised), shared.model.encode_text(whole)
         outputs = shared.image_tower_output(shown), shared.text_tower_output(tokens)
         projected = shared.project_image(outputs[0]), shared.project_text(outputs[1])
     torch.testing.assert_close(projected[0], expected[0], rtol=1e-4, atol=1e-5)
@@ -153,6 +155,19 @@ def test_a_word_that_the_tokenizer_does_not_know_becomes_a_token(tmp_path: Path)
     assert model.tokenizer.tokenizer.unk_token_id in unknown
     assert list(model.add_terms(["고프코어룩"])) == ["고프코어룩"]
     assert model.tokenizer.base.tokenizer.unk_token_id not in model.tokenise(["봄고프코어룩"])[0, 2:].tolist()
+
+
+def test_padding_behind_all_texts_is_left_out_where_it_changes_nothing(shared: Towers) -> None:
+    short = ["a coat", "c"]
+    whole, tokens = shared.tokenizer(short, context_length=shared.text_length), shared.tokenise(short)
+    kept = {True: shared.text_length, False: 8}[hasattr(shared.text, "pool_type") and shared.text.pool_type != "argmax"]
+    assert tokens.shape == (2, kept)
+    assert torch.equal(whole[:, :kept], tokens)
+    with torch.no_grad():
+        expected = F.normalize(shared.model.encode_text(whole), dim=-1)
+        torch.testing.assert_close(shared.text_embeddings(tokens), expected, rtol=1e-4, atol=1e-5)
+        cut = shared.text_embeddings(tokens[:, :2])
+    assert not torch.allclose(cut, expected, atol=1e-4), "what is not padding counts"
 
 
 @pytest.mark.parametrize("family", ["vit", "vit_custom_text", "hugging_face"])

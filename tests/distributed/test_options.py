@@ -1,0 +1,137 @@
+"""Options of a run on two ranks: those of speed keep the curve, those of judgement end or mix the training."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipdist import checkpoint, journal, models
+from clipdist.interpolate import interpolated
+from clipdist.loop import run_stages
+from clipdist.models import ModelConfig
+from clipdist.opening import Worker
+from tests.conftest import TINY_CLIP
+from tests.distributed.rank_processes import run_ranks
+from tests.distributed.test_runs import last_state, manifest_of, settings, train, write_pairs
+
+STAGE = {"name": "all", "learns": ["all"], "steps": 6, "learning_rate": 1e-3}
+SPEED = {
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "plain": {"fused_adamw": False, "channels_last": False, "tf32": False},
+    "compile": {"compile": True},
+    "bf16": {"precision": "bf16"},
+}
+BEST = "text_to_image/mrr@10"
+WISE = {"validation": {"best": BEST}, "interpolate": {"alphas": [0, 0.5, 1]}}
+
+
+def all_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    shared = folder.parent
+    found: dict[str, Any] = {}
+
+    def one(name: str, **more: Any) -> dict[str, Any]:
+        config = settings(folder / name, shared / "clip.json", **({"stages": [STAGE]} | more))
+        return train(config, shared, rank)
+
+    found["default"] = one("default")
+    for name, speed in SPEED.items():
+        found[name] = one(name, speed=speed)
+    found["harder"] = one("harder", stages=[STAGE | {"learning_rate": 2e-3}])
+    still = {"stages": [STAGE | {"steps": 40, "learning_rate": 1e-12}]}
+    found["patience"] = one("patience", **still, validation={"patience": 2})
+    held = {**STAGE, "steps": 12}
+    found["free"], found["held"] = one("free", stages=[held]), one("held", stages=[held | {"distillation": 3.0}])
+    found["drift"] = {name: drift(str(folder / name)) for name in ("free", "held")}
+    found["wise"] = one("wise", **WISE)
+    return found | {"left": left_while_mixing(rank, folder / "left", shared)}
+
+
+def drift(output: str) -> float:
+    """How far the embeddings of one picture moved from the starting model's, 1 - cosine."""
+    start, (end, _) = checkpoint.start_of(output), checkpoint.complete(output)[-1]
+    pixels = torch.arange(32 * 32 * 3, dtype=torch.uint8).reshape(1, 32, 32, 3)
+    with torch.no_grad():
+        ours, theirs = (
+            towers.project_image(towers.image_tower_output(pixels))
+            for towers in (models.load(ModelConfig(name=path)) for path in (start, end))
+        )
+    return 1 - float(torch.cosine_similarity(ours, theirs))
+
+
+def left_while_mixing(rank: int, output: Path, shared: Path) -> list[bool]:
+    """Rank 1 asks to leave after the second mixture; then again without."""
+    config = settings(output, shared / "clip.json", stages=[STAGE], **WISE)
+    finished, events = [], list[dict[str, Any]]()
+    for asks in (True, False):
+        wants = lambda asks=asks: asks and rank == 1 and sum(e["event"] == "interpolated" for e in events) == 2  # noqa: E731
+        finished.append(
+            run_stages(config, manifest_of(shared), Worker(torch.device("cpu"), 1, 0, events.append, wants))
+        )
+        torch.distributed.barrier()
+    return finished
+
+
+@cache
+def runs() -> tuple[dict[str, Any], Path]:
+    shared = Path(tempfile.mkdtemp())
+    (shared / "clip.json").write_text(json.dumps(TINY_CLIP))
+    write_pairs(shared)
+    return run_ranks(2, all_runs, shared / "ranks")[0], shared / "ranks"
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "plain", "compile"])
+def test_options_of_speed_keep_the_curve(name: str) -> None:
+    found, _ = runs()
+    assert found[name]["losses"] == pytest.approx(found["default"]["losses"], rel=2e-4)
+    assert found["harder"]["losses"] != pytest.approx(found["default"]["losses"], rel=2e-4)
+
+
+def test_bf16_keeps_the_curve_to_its_own_rounding() -> None:
+    found, _ = runs()
+    assert found["bf16"]["losses"] == pytest.approx(found["default"]["losses"], rel=2e-2)
+    assert found["bf16"]["losses"] != pytest.approx(found["default"]["losses"], rel=1e-7)
+
+
+def test_a_stage_that_has_stopped_rising_ends() -> None:
+    found, output = runs()
+    stages = [event["epoch"] for event in found["patience"]["validated"]]
+    assert stages == [0, 1, 2, 3], "the first measurement of the stage, and two that were no better"
+    assert found["patience"]["finished"]
+    assert checkpoint.complete(str(output / "patience"))[-1][1].stage_done
+
+
+def test_distillation_holds_the_model_near_its_start() -> None:
+    drifted = runs()[0]["drift"]
+    assert 0 < drifted["held"] < drifted["free"] / 2
+
+
+def test_the_best_mixture_is_the_last_checkpoint() -> None:
+    found, folder = runs()
+    output = str(folder / "wise")
+    lines = [line for line in journal.read(output) if line["event"] == "interpolated"]
+    assert [line["alpha"] for line in lines] == [0, 0.5, 1]
+    path, progress = checkpoint.complete(output)[-1]
+    assert progress.stage_name == "interpolated"
+    assert progress.metrics[BEST] == max(line["scores"][0] for line in lines)
+    scores = [event[BEST] for event in found["wise"]["validated"]]
+    assert lines[0]["scores"][0] == pytest.approx(scores[0]), "nothing of the trained weights: the start"
+    assert lines[2]["scores"][0] == pytest.approx(scores[-1]), "all of them: the end"
+    start, end = (models.load(ModelConfig(name=one)).model.state_dict() for one in (checkpoint.start_of(output), path))
+    trained = models.load(ModelConfig(name=checkpoint.complete(output)[-2][0])).model.state_dict()
+    mixed = interpolated(start, trained, progress.metrics["alpha"])
+    assert all(torch.equal(value, end[name]) for name, value in mixed.items())
+
+
+def test_mixing_that_was_left_is_done_again() -> None:
+    found, folder = runs()
+    assert found["left"] == [False, True]
+    left, whole = (journal.read(str(folder / name)) for name in ("left", "wise"))
+    facts = ("event", "stage", "step", "loss", "alpha", "scores")
+    told = [[{name: line[name] for name in facts if name in line} for line in lines] for lines in (left, whole)]
+    assert [line for line in told[0] if line["event"] != "workers"] == told[1][1:]
+    states = last_state(str(folder / "left")), last_state(str(folder / "wise"))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
