@@ -25,6 +25,7 @@ SPEED = {
     "compile": {"compile": True},
     "bf16": {"precision": "bf16"},
 }
+EPOCH = {"name": "all", "learns": ["all"], "epochs": 1, "learning_rate": 1e-3}
 BEST = "text_to_image/mrr@10"
 WISE = {"validation": {"best": BEST}, "interpolate": {"alphas": [0, 0.5, 1]}}
 
@@ -46,7 +47,7 @@ def all_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     held = {**STAGE, "steps": 12}
     found["free"], found["held"] = one("free", stages=[held]), one("held", stages=[held | {"distillation": 3.0}])
     found["drift"] = {name: drift(str(folder / name)) for name in ("free", "held")}
-    found["wise"] = one("wise", **WISE)
+    found["epoch"], found["wise"] = one("epoch", stages=[EPOCH]), one("wise", stages=[EPOCH], **WISE)
     return found | {"left": left_while_mixing(rank, folder / "left", shared)}
 
 
@@ -64,7 +65,7 @@ def drift(output: str) -> float:
 
 def left_while_mixing(rank: int, output: Path, shared: Path) -> list[bool]:
     """Rank 1 asks to leave after the second mixture; then again without."""
-    config = settings(output, shared / "clip.json", stages=[STAGE], **WISE)
+    config = settings(output, shared / "clip.json", stages=[EPOCH], **WISE)
     finished, events = [], list[dict[str, Any]]()
     for asks in (True, False):
         wants = lambda asks=asks: asks and rank == 1 and sum(e["event"] == "interpolated" for e in events) == 2  # noqa: E731
@@ -121,9 +122,11 @@ def test_the_best_mixture_is_the_last_checkpoint() -> None:
     assert lines[0]["scores"][0] == pytest.approx(scores[0]), "nothing of the trained weights: the start"
     assert lines[2]["scores"][0] == pytest.approx(scores[-1]), "all of them: the end"
     start, end = (models.load(ModelConfig(name=one)).model.state_dict() for one in (checkpoint.start_of(output), path))
-    trained = models.load(ModelConfig(name=checkpoint.complete(output)[-2][0])).model.state_dict()
+    without = checkpoint.complete(str(folder / "epoch"))[-1][0]
+    trained = models.load(ModelConfig(name=without)).model.state_dict()
     mixed = interpolated(start, trained, progress.metrics["alpha"])
     assert all(torch.equal(value, end[name]) for name, value in mixed.items())
+    assert any(not torch.equal(value, start[name]) for name, value in mixed.items())
 
 
 def test_mixing_that_was_left_is_done_again() -> None:
