@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import ray.data
+from ray._private.utils import read_ray_address
 
 from clipdist import lease, storage
 from clipdist.config import UserError
@@ -23,17 +26,42 @@ HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
 
 
 def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS (set by `ray job submit`) or a running one, or starts Ray on this machine."""
+    """Joins the cluster of RAY_ADDRESS (set by `ray job submit`) or a running one, or starts Ray on this machine.
+    UserError when nothing answers at RAY_ADDRESS."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of a change to come
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        ray.init(address(), log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def address() -> str | None:
+    """Where Ray runs; None: where Ray itself looks. Ray would wait for minutes where nothing answers: at a mistyped
+    address, or at the one that a cluster of this machine left behind when it was killed."""
+    named = os.environ.get("RAY_ADDRESS") or None
+    known = named or read_ray_address()
+    if known is None or known in ("auto", "local") or _answers(known):
+        return named
+    if named is None:
+        return "local"
+    raise UserError(
+        f"RAY_ADDRESS: nothing answers at {named}; start the cluster, or unset RAY_ADDRESS to work on this machine"
+    )
+
+
+def _answers(place: str) -> bool:
+    """Whether something listens at host:port; a scheme before it does not matter."""
+    found = urlsplit(place if "://" in place else f"ray://{place}")
+    try:
+        socket.create_connection((found.hostname or "", found.port or 10001), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def cpus() -> int:

@@ -93,7 +93,11 @@ def train(config: TrainConfig, folder: Path, rank: int, stop: int | None = None,
     finished = run_stages(config, manifest_of(folder), Worker(torch.device("cpu"), 1, 0, events.append, wants))
     torch.distributed.barrier()
     steps = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
-    validated = [{k: v for k, v in event.items() if k not in ("event", "time")} for event in events if event["event"] == "validated"]
+    validated = [
+        {k: v for k, v in event.items() if k not in ("event", "time")}
+        for event in events
+        if event["event"] == "validated"
+    ]
     return {"finished": finished, "losses": steps, "validated": validated}
 
 

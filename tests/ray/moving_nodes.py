@@ -66,8 +66,9 @@ def main(path: str, how: str) -> None:
     assert not training.is_alive()
     if failed:
         raise failed[0]
-    print(json.dumps({"went": went, "saved": saved}))
-    os._exit(0)
+    print(json.dumps({"went": went, "saved": saved}), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
 
 
 if __name__ == "__main__":
