@@ -115,7 +115,8 @@ class Loader:
     """Local batches of a stage. `wait_seconds` counts the time that the training waited for them.
 
     `preprocess` None: no picture is needed; `tokenise` None: no text. `decoders` worker processes decode (0: this
-    process does). A thread puts the next batch together while the training works on one.
+    process does). A thread puts the next batch together while the training works on one; `pin` lays its pictures in
+    page-locked memory, from which a GPU copies them while it computes.
     """
 
     def __init__(
@@ -126,8 +127,10 @@ class Loader:
         preprocess: Preprocess | None,
         change: AugmentConfig,
         decoders: int,
+        *,
+        pin: bool = False,
     ) -> None:
-        self.rows, self.shares, self.tokenise = rows, shares, tokenise
+        self.rows, self.shares, self.tokenise, self.pin = rows, shares, tokenise, pin
         self.preprocess, self.change, self.decoders = preprocess, change, decoders
         self.wait_seconds = 0.0
 
@@ -137,7 +140,7 @@ class Loader:
         if self.preprocess is not None:
             decode = Decode(self.preprocess, self.change, self.shares.seed)
             decoded = decode_ahead(coming, _encoded, decode, self.decoders)
-            coming = (replace(batch, pixels=pixels) for batch, pixels in decoded)
+            coming = (replace(batch, pixels=pixels.pin_memory() if self.pin else pixels) for batch, pixels in decoded)
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(next, coming, None)
             while True:

@@ -77,7 +77,8 @@ def _run_stage(
     )
     preprocess = None if stage.reused[0] else run.towers.preprocess
     tokenise = None if stage.reused[1] else run.towers.tokenise
-    loader = Loader(stage.rows, shares, tokenise, preprocess, settings.augment, run.worker.decoders)
+    pin = run.worker.device.type == "cuda"
+    loader = Loader(stage.rows, shares, tokenise, preprocess, settings.augment, run.worker.decoders, pin=pin)
     meter, epoch_started = Meter(loader), time.perf_counter()
     try:
         for local in loader.batches(position.stage_step):

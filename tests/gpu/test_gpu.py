@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from clipdist import models, step
+from clipdist import models
 from clipdist.models import ModelConfig
+from clipdist.optimizer import set_learning
+from clipdist.stages import StageConfig
 from clipdist.step import Batch, GlobalLoss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -18,7 +20,7 @@ def test_loss_and_gradient_of_one_step_are_the_cpus(
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = models.load(ModelConfig(name=tiny_clip)).to(device)
-        step.set_learning(model, ("projections", "logit_scale", "image_tower", "text_tower"))
+        set_learning(model, StageConfig(name="all", learns=("all",), steps=1, learning_rate=1e-3))
         pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         tokens = model.tokenise([f"a thing of kind {number}" for number in range(8)])
         keys = torch.arange(1, 17).reshape(8, 2)
