@@ -26,7 +26,9 @@ def run_ranks(world_size: int, work: Work, folder: Path, timeout_seconds: float 
     context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True)
     ranks = range(world_size)
-    processes = [context.Process(target=_one_rank, args=(rank, world_size, work, folder)) for rank in ranks]
+    processes = [
+        context.Process(target=_one_rank, args=(rank, world_size, work, folder, dict(os.environ))) for rank in ranks
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout_seconds
@@ -46,7 +48,8 @@ def run_ranks(world_size: int, work: Work, folder: Path, timeout_seconds: float 
     return [torch.load(folder / f"{rank}.result") for rank in ranks]
 
 
-def _one_rank(rank: int, world_size: int, work: Work, folder: Path) -> None:
+def _one_rank(rank: int, world_size: int, work: Work, folder: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the fork server has that of its own start
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     torch.set_num_threads(1)
     store, limit = f"file://{(folder / 'store').absolute()}", timedelta(seconds=120)
