@@ -53,6 +53,9 @@ class Progress:
 START = Progress(0, "start", 0, 0)
 """The model before its first step, with the domain's tokens: what WiSE-FT and distillation hold on to."""
 
+INTERPOLATED = "interpolated"
+"""The last checkpoint of a run whose weights were mixed with those of its start."""
+
 
 class Writer:
     """Writes the checkpoints of a run, one after the other; uploads and pruning run beside the training.
@@ -78,6 +81,13 @@ class Writer:
         if local:
             self.wait()
 
+    def measured(self, progress: Progress) -> None:
+        """The last checkpoint was measured: its progress gets the metrics."""
+        self.wait()
+        path = storage.join(self.run, "checkpoints", progress.name)
+        storage.write_atomic(storage.join(path, PROGRESS), json.dumps(asdict(progress)).encode())
+        prune(self.run, self.metric)
+
     def wait(self) -> None:
         """Until the last checkpoint is complete."""
         self._pending.result()
@@ -89,8 +99,10 @@ class Writer:
     def _finish(self, path: str, folder: Path, record: dict[str, object]) -> None:
         if not storage.is_local(path):
             fs, inner = storage.filesystem(path)
-            fs.put(str(folder) + "/", inner + "/", recursive=True)
-            shutil.rmtree(folder.parent)
+            try:
+                fs.put(str(folder) + "/", inner + "/", recursive=True)
+            finally:
+                shutil.rmtree(folder.parent)
         storage.write_atomic(storage.join(path, COMPLETE), json.dumps(record).encode())
         prune(self.run, self.metric)
 

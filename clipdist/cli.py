@@ -12,7 +12,9 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # or workers start 
 import argparse
 import importlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,9 +41,15 @@ EXAMPLES = """examples:
 """
 
 
+WRONG_PATH = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+"""Errors of the operating system that are a person's mistake; others, such as a full disk, are a fault."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = _options(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as on Ctrl-C
     try:
         code: int = options.run(options)
         return code
@@ -63,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistake is None and not _is_about_storage(error):
             raise
         print(f"clipdist {options.command}: {mistake or f'{type(error).__name__}: {error}'}", file=sys.stderr)
-        return 2
+        return 1 if mistake is None and isinstance(error, OSError) and not isinstance(error, WRONG_PATH) else 2
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
@@ -32,6 +32,28 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
         return (UserError, self.problems)
+
+
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """What each check returns. UserError with the problems of all that fail, instead of the first one's."""
+    results: list[Any] = []
+    problems: list[str] = []
+    for check in checks:
+        try:
+            results.append(check())
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return results
+
+
+def about(name: str, check: Callable[[], Any]) -> Any:
+    """What the check returns; its problems are told as those of the setting `name`."""
+    try:
+        return check()
+    except UserError as error:
+        raise UserError(*(f"{name}: {problem}" for problem in error.problems)) from None
 
 
 class Section(BaseModel):

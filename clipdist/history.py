@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from clipdist import storage
-from clipdist.config import UserError
 from clipdist.journal import is_line
 from clipdist.progress import Progress
 from clipdist.recipe import TrainConfig, pairs_seen
@@ -105,10 +104,8 @@ class History:
 
 def open_curves(path: str) -> Any:
     """A TensorBoard writer; for a remote store it writes on this machine and is uploaded now and then."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("tensorboard: needs the package tensorboardX; pip install tensorboardX") from None
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(path if storage.is_local(path) else tempfile.mkdtemp(prefix="clipdist-tensorboard-"))
 
 
@@ -122,7 +119,10 @@ def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
 def remarks(lines: Sequence[dict[str, Any]]) -> list[str]:
     """How time was spent, and what would help."""
     found = []
-    for once in (line for line in lines if line["event"] == "outputs"):
+    outputs = {
+        line["stage"]: line for line in reversed(lines) if line["event"] == "outputs"
+    }  # a resumed run finds them
+    for once in outputs.values():
         epochs = [line["seconds"] for line in lines if line["event"] == "epoch" and line["stage"] == once["stage"]][1:]
         if epochs:
             mean = sum(epochs) / len(epochs)
@@ -158,7 +158,7 @@ def summary(output: str, result: dict[str, Any]) -> str:
     lines = [table(["validation", "", *names], rows), "", f"best checkpoint  {path}"]
     lines.append(f"in open_clip     open_clip.create_model_and_transforms({'local-dir:' + path!r})")
     if result["seconds"]:
-        lines.append(f"took             {duration(result['seconds'])}")
+        lines.append(f"training took    {duration(result['seconds'])}")
     if result["best"].startswith("checkpoints/00-start"):
         lines.append("No step was better than the starting model: lower the learning rates, or look at the pairs.")
     return "\n".join([*lines, *result["remarks"]])

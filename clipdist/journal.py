@@ -33,12 +33,13 @@ def read(output: str) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """The lines of a run that has `step` steps, and goes on. On a disk each is written as it comes, on a store all with
-    the next `write`."""
+    """The lines of a run that has `step` steps, the last of them `measured` or not, and goes on. On a disk each is
+    written as it comes, on a store all with the next `write`."""
 
-    def __init__(self, output: str, every: int, step: int) -> None:
+    def __init__(self, output: str, every: int, step: int, *, measured: bool) -> None:
         self._path, self._every = storage.join(output, "metrics.jsonl"), every
-        self._lines = [line for line in read(output) if line.get("step", 0) <= step and line["event"] != "interpolated"]
+        last = {"validated": step if measured else step - 1, "interpolated": -1}
+        self._lines = [line for line in read(output) if line.get("step", 0) <= last.get(line["event"], step)]
         self.write()
 
     def before(self, report: Report) -> Report:

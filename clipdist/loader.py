@@ -112,7 +112,7 @@ def _open_epoch(rows: Rows, shares: Shares, mine: range, epoch: int, first: int)
 
 
 class Loader:
-    """Local batches of a stage. `wait_seconds` counts the time that the training waited for them.
+    """Local batches of a stage, and how long the training waited for them.
 
     `preprocess` None: no picture is needed; `tokenise` None: no text. `decoders` worker processes decode (0: this
     process does). A thread puts the next batch together while the training works on one; `pin` lays its pictures in
@@ -132,7 +132,12 @@ class Loader:
     ) -> None:
         self.rows, self.shares, self.tokenise, self.pin = rows, shares, tokenise, pin
         self.preprocess, self.change, self.decoders = preprocess, change, decoders
-        self.wait_seconds = 0.0
+        self._waited = 0.0
+
+    def take_wait(self) -> float:
+        """Seconds that the training waited for batches since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def batches(self, first_step: int = 0) -> Iterator[LocalBatch]:
         """From `first_step` of the stage to its end."""
@@ -146,7 +151,7 @@ class Loader:
             while True:
                 started = time.perf_counter()
                 batch = ahead.result()
-                self.wait_seconds += time.perf_counter() - started
+                self._waited += time.perf_counter() - started
                 if batch is None:
                     return
                 ahead = thread.submit(next, coming, None)

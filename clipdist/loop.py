@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipdist import checkpoint, collectives, memory, models, outputs, stages, storage
-from clipdist.checkpoint import Progress
+from clipdist.checkpoint import INTERPOLATED, Progress
 from clipdist.interpolate import best_alpha, interpolated
 from clipdist.lanes import DEFAULT_LANES
 from clipdist.ledger import Manifest, read_manifest
@@ -39,7 +39,7 @@ def run_stages(config: TrainConfig, manifest: Manifest, worker: Worker) -> bool:
     run, position, state = open_run(config, manifest, worker)
     for index, stage in enumerate(config.stages):
         here = position.stage == index and position.stage_name == stage.name
-        if position.stage > index or (here and position.stage_done):
+        if position.stage > index or (here and position.stage_done and position.metrics):
             continue
         position, state = _run_stage(run, index, position, state if position.step else {})
         if run.left:
@@ -65,6 +65,8 @@ def _run_stage(
     if not resumed:
         position = Progress(index, settings.name, 0, position.step)
     stage = open_stage(run, index, position, state)
+    if position.stage_step and not position.metrics and _validation_is_due(run, stage, position):
+        position = _measured(run, stage, position)  # the run ended between the checkpoint and its validation
     position = replace(position, micro_batch_size=stage.micro_batch_size)
     shares = Shares(
         config.seed,
@@ -79,26 +81,28 @@ def _run_stage(
     tokenise = None if stage.reused[1] else run.towers.tokenise
     pin = run.worker.device.type == "cuda"
     loader = Loader(stage.rows, shares, tokenise, preprocess, settings.augment, run.worker.decoders, pin=pin)
-    meter, epoch_started = Meter(loader), time.perf_counter()
+    meter, epoch_started = Meter(), time.perf_counter()
     try:
-        for local in loader.batches(position.stage_step):
+        for local in loader.batches(position.stage_step) if not position.stage_done else ():
             rates = stages.learning_rates(settings, local.step, stage.steps)
-            stepped = _step(run, stage, local, rates)
+            stepped = _step(run, stage, local, rates, loader.take_wait())
             position = _count(position, stage, local)
             run.worker.report(_step_event(run, stage, local, stepped, rates, meter, position.step))
             if position.stage_step % stage.per_epoch == 0:
                 seconds = time.perf_counter() - epoch_started
                 facts = {"stage": settings.name, "epoch": position.epoch, "step": position.step, "seconds": seconds}
                 run.worker.report({"event": "epoch", **facts})
-            if _validation_is_due(run, stage, position):
-                position = _validated(run, stage, position)
+            due = _validation_is_due(run, stage, position)
+            if due or stepped.leave or _checkpoint_is_due(run, position):
                 run.save(position, state_of(stage.optimizer, stage.learning))
+            if stepped.leave:
+                run.left = True
+                break
+            if due:
+                position = _measured(run, stage, position)
                 meter.restart()
                 epoch_started = time.perf_counter()
-            elif stepped.leave or _checkpoint_is_due(run, position):
-                run.save(position, state_of(stage.optimizer, stage.learning))
-            run.left = stepped.leave
-            if run.left or position.stage_done:
+            if position.stage_done:
                 break
     finally:
         stage.rows.close()
@@ -109,7 +113,6 @@ def _run_stage(
 class Meter:
     """Speed and waiting of the steps since the last restart; the first step, which starts everything, is left out."""
 
-    loader: Loader
     pairs: int = 0
     started: float | None = None
     waited: float = 0.0
@@ -117,18 +120,17 @@ class Meter:
     def restart(self) -> None:
         self.started = None
 
-    def count(self, pairs: int) -> dict[str, float]:
+    def count(self, pairs: int, waited: float) -> dict[str, float]:
         now = time.perf_counter()
         if self.started is None:
-            self.started, self.pairs, self.waited = now, 0, self.loader.wait_seconds
+            self.started, self.pairs, self.waited = now, 0, 0.0
             return {}
-        self.pairs += pairs
+        self.pairs, self.waited = self.pairs + pairs, self.waited + waited
         seconds = now - self.started
-        share = (self.loader.wait_seconds - self.waited) / seconds
-        return {"pairs_per_second": self.pairs / seconds, "data_wait": share}
+        return {"pairs_per_second": self.pairs / seconds, "data_wait": self.waited / seconds}
 
 
-def _step(run: Run, stage: Stage, local: LocalBatch, rates: Mapping[Part, float]) -> Stepped:
+def _step(run: Run, stage: Stage, local: LocalBatch, rates: Mapping[Part, float], waited: float) -> Stepped:
     """One optimizer step. Its random numbers are a function of (seed, stage, step), so nothing of them is saved."""
     key = f"{run.config.seed}:{stage.index}:{local.step}"
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
@@ -142,6 +144,7 @@ def _step(run: Run, stage: Stage, local: LocalBatch, rates: Mapping[Part, float]
         seed=seed,
         micro_batch_size=stage.micro_batch_size,
         leave=run.worker.wants_to_leave(),
+        waited=waited,
     )
 
 
@@ -214,8 +217,8 @@ def _checkpoint_is_due(run: Run, position: Progress) -> bool:
     return by_step or by_time
 
 
-def _validated(run: Run, stage: Stage, position: Progress) -> Progress:
-    """The position with the held-out metrics; the stage ends early when they have stopped rising."""
+def _measured(run: Run, stage: Stage, position: Progress) -> Progress:
+    """The saved position with the held-out metrics; the stage ends early when they have stopped rising."""
     run.towers.eval()
     metrics = run.held_out.measure(run.encoder, towers_frozen=all(stage.reused))
     run.towers.train(stage.config.dropout)
@@ -228,7 +231,10 @@ def _validated(run: Run, stage: Stage, position: Progress) -> Progress:
     stale = 0 if risen else position.stale + 1
     ends = patience is not None and stale >= patience
     best = value if risen else position.stage_best
-    return replace(position, metrics=metrics, stage_best=best, stale=stale, stage_done=position.stage_done or ends)
+    done = position.stage_done or ends
+    position = replace(position, metrics=metrics, stage_best=best, stale=stale, stage_done=done)
+    run.measured(position)
+    return position
 
 
 def _step_event(
@@ -246,7 +252,7 @@ def _step_event(
         "learning_rates": dict(rates),
         "logit_scale": float(run.towers.logit_scale().detach()),
         "memory_bytes": memory.used_bytes(run.worker.device),
-        **meter.count(local.global_rows),
+        **meter.count(local.global_rows, stepped.waited),
     }
 
 
@@ -281,4 +287,4 @@ def _interpolate(run: Run, position: Progress) -> None:
     alpha = best_alpha(scores)
     run.towers.model.load_state_dict(interpolated(first, last, alpha))
     chosen = {"alpha": alpha, **metrics[alpha]}
-    run.save(Progress(len(config.stages), "interpolated", 0, position.step, stage_done=True, metrics=chosen), {})
+    run.save(Progress(len(config.stages), INTERPOLATED, 0, position.step, stage_done=True, metrics=chosen), {})

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHARE_FOR_ACTIVATIONS = 0.6
-"""Of what is free; the rest is for gathered columns, pictures to come and fragmentation."""
+SHARE_FOR_ACTIVATIONS, SHARE_WHEN_RECOMPUTED = 0.6, 0.3
+"""Of what is free; the rest is for gathered columns, pictures to come and fragmentation. With gradient checkpointing a
+forward pass does not show what a block keeps while its backward pass computes it again: as much again in a ViT-B/32."""
 
 
 def used_bytes(device: torch.device) -> int:
-    """The most that this process has held: on a GPU of the device's memory, else of the machine's."""
+    """What this process holds of the machine's memory; on a GPU the most that it has held of the device's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with open("/proc/self/statm") as file:
@@ -34,7 +35,10 @@ def free_bytes(device: torch.device, sharers: int) -> int:
     free = facts["MemAvailable"]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # a container may have less than its machine
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        reclaimable = next(int(value) for name, value in kept if name == "inactive_file")  # the page cache
+        free = min(free, limit - used + reclaimable)
     return max(free, 0) // sharers
 
 
@@ -55,13 +59,15 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
     return sum(seen.values())
 
 
-def rows_that_fit(forward: Callable[[int], Any], optimizer_bytes: int, free: int) -> int:
+def rows_that_fit(forward: Callable[[int], Any], optimizer_bytes: int, free: int, *, recomputed: bool = False) -> int:
     """Rows whose activations fit into the free memory, once gradients and optimizer state have taken their part.
+    `recomputed`: gradient checkpointing is on.
 
     `forward(n)` runs n rows. UserError is left to the caller: 0 means that not even one row fits.
     """
     per_row = max(saved_bytes(lambda: forward(4)) - saved_bytes(lambda: forward(2)), 2) // 2
-    return max(int((free - optimizer_bytes) * SHARE_FOR_ACTIVATIONS), 0) // per_row
+    share = SHARE_WHEN_RECOMPUTED if recomputed else SHARE_FOR_ACTIVATIONS
+    return max(int((free - optimizer_bytes) * share), 0) // per_row
 
 
 def keep_freed() -> None:

@@ -26,6 +26,8 @@ from clipdist.step import GlobalLoss
 from clipdist.towers import Towers
 from clipdist.validation import HeldOut
 
+COMPILED_GRAPHS = 64
+"""Of both towers in one stage: several text lengths, the last batch of an epoch, validation."""
 PAIR_COLUMNS = ("id", "captions", "group")
 
 
@@ -66,6 +68,12 @@ class Run:
             if self.writer.done():
                 self.worker.report({"event": "saved"})
 
+    def measured(self, progress: Progress) -> None:
+        """The last checkpoint was measured."""
+        if self.journal is not None:
+            self.journal.write()
+            self.writer.measured(progress)
+
 
 @dataclass
 class Stage:
@@ -78,7 +86,7 @@ class Stage:
     model: nn.Module
     rows: Rows
     reused: tuple[bool, bool]
-    micro_batch_size: int | None
+    micro_batch_size: int
     per_epoch: int
     steps: int
 
@@ -90,6 +98,8 @@ def prepare_process(config: TrainConfig, device: torch.device) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if config.speed.compile:
+        torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
     if device.type == "cpu":
         memory.keep_freed()
 
@@ -100,7 +110,9 @@ def open_run(config: TrainConfig, manifest: Manifest, worker: Worker) -> tuple[R
         checkpoint.remove_incomplete(config.output)
     found = checkpoint.complete(config.output) if collectives.rank() == 0 else []
     path, position = collectives.broadcast_object(found[-1] if found else (None, START))
-    journal = Journal(config.output, config.log_every_steps, position.step) if collectives.rank() == 0 else None
+    journal = None
+    if collectives.rank() == 0:
+        journal = Journal(config.output, config.log_every_steps, position.step, measured=bool(position.metrics))
     if journal is not None:
         worker = replace(worker, report=journal.before(worker.report))
     facts = {"stage": position.stage, "stage_step": position.stage_step, "step": position.step}
@@ -147,9 +159,15 @@ def open_stage(run: Run, index: int, position: Progress, state: dict[str, Tensor
         raise UserError(f"stages.{index}: the model has nothing that learns in {', '.join(settings.learns)}")
     optimizer = make_optimizer(learning, settings.weight_decay, config.speed.fused_adamw)
     carry_state(state, optimizer, learning)
+    state.clear()  # or a stage would hold its moments twice
     reused = reusable(config, settings, towers)
-    micro_batch_size = position.micro_batch_size or _micro_batch_size(run, settings, learning, reused)
+    micro_batch_size = config.speed.micro_batch_size
+    if micro_batch_size is None:
+        micro_batch_size = position.micro_batch_size
+    if micro_batch_size is None:
+        micro_batch_size = _micro_batch_size(run, settings, learning, reused)
     if config.speed.compile:
+        torch.compiler.reset()  # both towers and all stages share a limit of graphs, behind which nothing is compiled
         towers.compile()
     loss = GlobalLoss(towers, config.loss_of(towers), run.encoder.autocast, settings.distillation)
     rows = _open_rows(run, index, position.step, settings, reused)
@@ -183,16 +201,16 @@ def _open_rows(run: Run, index: int, step: int, stage: StageConfig, reused: tupl
     if stage.distillation:
         start = models.load(ModelConfig(name=checkpoint.start_of(run.config.output))).to(run.worker.device)
         encoder = replace(run.encoder, towers=start)
-        place = storage.join(folder, "teacher")
+        place = storage.join(folder, "teacher-" + outputs.digest(start, images=True, texts=True))
         tables.append(write_outputs(encoder, run.pairs, place, images=True, texts=True, teacher=True))
     cache_bytes = int(run.config.workers.cache_gib * 2**30)
     return Rows(tables, in_memory=run.in_memory, cache_bytes=cache_bytes)
 
 
-def _micro_batch_size(run: Run, stage: StageConfig, learning: list[Learning], reused: tuple[bool, bool]) -> int | None:
-    """Rows per slice of a worker's share, None when all of it fits into memory at once. The same on every rank."""
-    if run.config.speed.micro_batch_size is not None or all(reused):
-        return run.config.speed.micro_batch_size
+def _micro_batch_size(run: Run, stage: StageConfig, learning: list[Learning], reused: tuple[bool, bool]) -> int:
+    """Rows per slice of a worker's share, 0 when all of it fits into memory at once. The same on every rank."""
+    if all(reused):
+        return 0
     towers, device = run.towers, run.worker.device
 
     def forward(rows: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +221,9 @@ def _micro_batch_size(run: Run, stage: StageConfig, learning: list[Learning], re
             return towers.image_tower_output(pixels), towers.text_tower_output(tokens)
 
     learned = sum(one.parameter.numel() * one.parameter.element_size() for one in learning)
-    fits = memory.rows_that_fit(forward, 4 * learned, memory.free_bytes(device, run.worker.sharers))
+    free = memory.free_bytes(device, run.worker.sharers)
+    again = run.config.speed.gradient_checkpointing
+    fits = memory.rows_that_fit(forward, 4 * learned, free, recomputed=again)
     fits = min(collectives.row_counts(fits, device))
     if fits == 0:
         raise UserError(
@@ -211,4 +231,4 @@ def _micro_batch_size(run: Run, stage: StageConfig, learning: list[Learning], re
             "speed.gradient_checkpointing=true, a smaller image_size, or fewer workers per machine"
         )
     share = math.ceil(run.config.batch_size_of(stage) / collectives.world_size())
-    return fits if fits < share else None
+    return fits if fits < share else 0

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from clipdist import collectives, storage
 from clipdist.config import UserError
 from clipdist.journal import Report
+from clipdist.lanes import Indices
 from clipdist.ledger import Manifest
 from clipdist.loader import Decode, Picture, decode_ahead
 from clipdist.reader import RowGroups
@@ -46,12 +47,20 @@ class Encoder:
     report: Report
 
     def encode(
-        self, groups: RowGroups, mine: Sequence[int], split: str, *, images: bool = True, texts: bool = True
+        self,
+        groups: RowGroups,
+        mine: Sequence[int],
+        split: str,
+        *,
+        images: bool = True,
+        texts: bool = True,
+        rows: Callable[[int], Indices] | None = None,
     ) -> Iterator[tuple[pa.Table, Tensor | None, Tensor | None]]:
         """(table, outputs of its images [rows, width], of all its captions [captions, width]) of the row groups
-        `mine`, in order; None for a tower that is not asked for."""
+        `mine`, in order; None for a tower that is not asked for. `rows`: which rows of a row group; else all."""
         columns = ("id", "captions", "image") if images else ("id", "captions")
-        tables = (table for _, table in replace(groups, columns=columns).read_ahead(mine))
+        read = replace(groups, columns=columns).read_ahead(mine)
+        tables = (table if rows is None else table.take(pa.array(rows(group))) for group, table in read)
         decode = Decode(self.towers.preprocess)
         decoded = (
             decode_ahead(tables, _encoded, decode, self.decoders) if images else ((table, None) for table in tables)
@@ -158,7 +167,7 @@ def _binary(values: Tensor, counts: Sequence[int]) -> pa.Array:
     if not np.isfinite(half).all():
         raise UserError("reuse_frozen_features: a tower's outputs are too large for float16; set it to false")
     bounds = np.cumsum([0, *counts])
-    return pa.array([half[a:b].tobytes() for a, b in pairwise(bounds)], pa.binary())
+    return pa.array([half[a:b].tobytes() for a, b in pairwise(bounds)], pa.large_binary())
 
 
 def _encoded(table: pa.Table) -> list[Picture]:

@@ -11,7 +11,7 @@ from clipdist.config import Section
 from clipdist.interpolate import InterpolateConfig
 from clipdist.models import ModelConfig
 from clipdist.retrieval import DIRECTIONS, HIGHER_IS_BETTER
-from clipdist.stages import StageConfig
+from clipdist.stages import LAST_BLOCKS, Part, StageConfig
 from clipdist.towers import Towers
 from clipdist.vocab import VocabularyConfig
 
@@ -76,7 +76,8 @@ class WorkersConfig(Section):
     use_gpu: bool | None = None
     """null: when the cluster has GPUs."""
     decoders: int | None = Field(None, ge=0)
-    """Processes per worker that decode pictures ahead; null: the worker's cores, one less on GPUs; 0: none."""
+    """Processes per worker that decode pictures ahead; null: beside a GPU all of the worker's cores but one, without
+    GPUs one; 0: none."""
     cache_gib: float = Field(8.0, ge=0)
     """Disk per worker for row groups of pairs on a remote store, so that later epochs need not fetch them again."""
     max_restarts: int = Field(3, ge=0)
@@ -178,11 +179,19 @@ def problems(config: TrainConfig, towers: Towers, train_rows: int) -> tuple[list
     return wrong, strange
 
 
+_TOWER_OF: dict[str, Part] = {"image": "image_tower", "text": "text_tower"}
+
+
 def _nothing_learns(stage: StageConfig, towers: Towers) -> list[str]:
     parts, levels = towers.parts(), towers.levels()
     found = []
     if "new_tokens" in stage.learns and not parts["new_tokens"]:
         found.append("learns new_tokens, but the model has none; give vocabulary.terms or vocabulary.file")
+    for name, match in ((name, LAST_BLOCKS.fullmatch(name)) for name in stage.learns):
+        if match:
+            blocks = max((levels[one] for one, _ in parts[_TOWER_OF[match[2]]]), default=1) - 1
+            if int(match[1]) > blocks:
+                found.append(f"learns {name}, but the {match[2]} tower has only {blocks} blocks")
     learning = [
         name for part, members in parts.items() for name, _ in members if stage.level_learns(part, levels[name])
     ]

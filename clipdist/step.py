@@ -111,11 +111,13 @@ def _distance_to_teacher(images: Tensor, texts: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Stepped:
-    """What a step found: the global loss, the gradient's norm before clipping, and whether any rank asks to leave."""
+    """What a step found: the global loss, the gradient's norm before clipping, whether any rank asks to leave, and the
+    longest time in seconds that a rank waited for its data: the others wait for that rank."""
 
     loss: float
     gradient_norm: float
     leave: bool
+    waited: float
 
 
 def optimise(
@@ -129,6 +131,7 @@ def optimise(
     seed: int,
     micro_batch_size: int | None = None,
     leave: bool = False,
+    waited: float = 0.0,
 ) -> Stepped:
     """One step on one global batch; every rank calls it. `model` is `collectives.wrap(GlobalLoss(...))`.
 
@@ -149,9 +152,9 @@ def optimise(
         scale = towers.model.logit_scale
         if scale.requires_grad:  # a frozen one stays as it is, to the bit
             scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
-    said = torch.stack([loss, loss.new_tensor(float(leave))])[None]
-    shares, leaving = collectives.gather_rows(said, [1] * collectives.world_size()).T
-    return Stepped(float(shares.mean()), norm, bool(leaving.any()))
+    said = torch.cat([loss[None], loss.new_tensor([float(leave), waited])])[None]
+    shares, leaving, waits = collectives.gather_rows(said, [1] * collectives.world_size()).T
+    return Stepped(float(shares.mean()), norm, bool(leaving.any()), float(waits.max()))
 
 
 def _backward(model: nn.Module, batch: Batch, seed: int, micro_batch_size: int) -> Tensor:

@@ -98,6 +98,7 @@ class Towers(nn.Module):
     def image_tower_output(self, pixels: Tensor) -> Tensor:
         """uint8 [rows, size, size, 3] -> [rows, width], before the projection."""
         normalised = ((pixels.to(self.mean.dtype) - self.mean) / self.std).permute(0, 3, 1, 2)
+        normalised = normalised.contiguous(memory_format=self._layout)
         return anatomy.image_output(self.visual, normalised)
 
     def project_image(self, output: Tensor) -> Tensor:
@@ -236,7 +237,8 @@ class Towers(nn.Module):
     def channels_last(self, on: bool) -> None:
         """The image tower's memory layout. Pixels arrive as NHWC; convolutions in that layout run twice as fast on
         CPUs, and faster on GPUs too."""
-        self.visual.to(memory_format=torch.channels_last if on else torch.contiguous_format)
+        self._layout = torch.channels_last if on else torch.contiguous_format
+        self.visual.to(memory_format=self._layout)
 
     def save(self, folder: Path, *, final_path: str, facts: dict[str, Any] | None = None) -> str:
         """Writes open_clip's local-dir layout and clipdist.json; returns the weights' sha256. `final_path` is where the

@@ -7,16 +7,16 @@ a signal or a preemption notice costs nothing, because the state is saved first.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import importlib.util
 import json
 import sys
-import tempfile
 import time
 from typing import Any
 
 from clipdist import checkpoint, history, journal, lease, models, recipe, runtime, stages, storage, workers
-from clipdist.config import UserError, dump
+from clipdist.checkpoint import INTERPOLATED
+from clipdist.config import UserError, about, dump, together
 from clipdist.history import History
 from clipdist.lanes import DEFAULT_LANES
 from clipdist.ledger import Manifest, read_manifest, refuse_other_stamp
@@ -35,18 +35,18 @@ from clipdist.vocab import VocabularyConfig
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains at `config.output`, or goes on, or finds the run finished. Returns result.json's content."""
-    manifest = _checked_pairs(config)
-    absolute = _absolute(config)
+    manifest, absolute = together(lambda: _checked_pairs(config), lambda: _absolute(config))
     output, stamp = absolute.output, _stamp(absolute, manifest)
     _refuse_other_run(output, stamp)
     if storage.exists(storage.join(output, "result.json")):
         return read_result(output)
     runtime.connect()
-    scale = workers.plan(absolute)
-    towers = _checked_model(absolute, manifest)
+    scale, towers = together(lambda: workers.plan(absolute), lambda: _checked_model(absolute, manifest))
+    lanes = _lanes(absolute, scale.workers)
     with lease.held(output):
         storage.put_if_absent(storage.join(output, "stamp.json"), json.dumps(stamp.to_json()).encode())
-        resolved = recipe.resolved(absolute, towers, _lanes(absolute, scale.workers))
+        storage.put_if_absent(storage.join(output, "lanes.json"), json.dumps(lanes).encode())
+        resolved = recipe.resolved(absolute, towers, lanes)
         del towers
         runtime.save_config(output, dump(absolute))
         with Progress("train", _pairs_in_all(resolved, manifest), "pairs") as bar:
@@ -67,9 +67,12 @@ def summary(output: str, result: dict[str, Any]) -> str:
 
 def dry_run(config: TrainConfig) -> list[tuple[str, str]]:
     """Opens the pairs, builds the model and runs one tiny step in this process; writes nothing."""
-    manifest = _checked_pairs(config)
-    towers = _checked_model(config, manifest)
-    stage = recipe.resolved(config, towers, 1).stages[-1]
+    manifest, absolute = together(lambda: _checked_pairs(config), lambda: _absolute(config))
+    _refuse_other_run(absolute.output, _stamp(absolute, manifest))
+    towers = _checked_model(absolute, manifest)
+    stage = recipe.resolved(absolute, towers, 1).stages[-1]
+    towers.set_image_size(stage.image_size or towers.preprocess.size)
+    towers.text_length = stage.text_length or towers.text_length
     learning = set_learning(towers, stage)
     groups = row_groups(manifest, "train", (*PAIR_COLUMNS, "image"))
     first = RowGroups(groups.files[:1], groups.indices[:1], groups.rows[:1], groups.columns)
@@ -117,13 +120,15 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         pretrained = storage.absolute(pretrained)
     if interpolate is not None and interpolate.general is not None:
         interpolate = interpolate.model_copy(update={"general": storage.absolute(interpolate.general)})
-    name = models.locate(config.model.name).name
+    terms, model = together(
+        config.vocabulary.all_terms, lambda: about("model.name", lambda: models.locate(config.model.name))
+    )
     return config.model_copy(
         update={
             "output": storage.absolute(config.output),
             "pairs": storage.absolute(config.pairs),
-            "vocabulary": VocabularyConfig(terms=config.vocabulary.all_terms(), start=config.vocabulary.start),
-            "model": config.model.model_copy(update={"name": name, "pretrained": pretrained}),
+            "vocabulary": VocabularyConfig(terms=terms, start=config.vocabulary.start),
+            "model": config.model.model_copy(update={"name": model.name, "pretrained": pretrained}),
             "interpolate": interpolate,
         }
     )
@@ -139,7 +144,7 @@ def _pairs_in_all(config: TrainConfig, manifest: Manifest) -> int:
 
 
 def _checked_pairs(config: TrainConfig) -> Manifest:
-    manifest = read_manifest(storage.absolute(config.pairs), "pairs")
+    manifest: Manifest = about("pairs", lambda: read_manifest(storage.absolute(config.pairs), "pairs"))
     problems = []
     if not _rows(manifest, "train"):
         problems.append(f"pairs: {config.pairs} has no row in the split train")
@@ -156,18 +161,26 @@ def _checked_model(config: TrainConfig, manifest: Manifest) -> Towers:
     towers = models.load(config.model)
     towers.add_terms(config.vocabulary.all_terms(), start=config.vocabulary.start)
     wrong, strange = recipe.problems(config, towers, _rows(manifest, "train"))
+    held_out, best = _rows(manifest, config.validation.split), config.validation.best
+    if "hit_rate@" in best and held_out <= int(best.rpartition("@")[2]):
+        strange.append(f"validation.best: {best} of {held_out} held-out pairs is always 1; try text_to_image/mrr@10")
     if config.interpolate is not None and config.interpolate.general is not None:
-        general = read_manifest(config.interpolate.general, "pairs")
-        if not _rows(general, config.validation.split):
-            wrong.append(f"interpolate.general: no row in the split {config.validation.split}")
-    if config.tensorboard:
-        with contextlib.suppress(ImportError):
-            history.open_curves(tempfile.mkdtemp()).close()
+        wrong += _problems_of_general(config.interpolate.general, config.validation.split)
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        wrong.append("tensorboard: needs the package tensorboardX; pip install tensorboardX")
     if wrong:
         raise UserError(*wrong)
     for remark in strange:
         print(f"note: {remark}", file=sys.stderr)
     return towers
+
+
+def _problems_of_general(path: str, split: str) -> list[str]:
+    try:
+        rows = _rows(read_manifest(path, "pairs"), split)
+    except UserError as error:
+        return [f"interpolate.general: {problem}" for problem in error.problems]
+    return [] if rows else [f"interpolate.general: no row in the split {split}"]
 
 
 def _stamp(config: TrainConfig, manifest: Manifest) -> Stamp:
@@ -188,14 +201,11 @@ def _refuse_other_run(output: str, stamp: Stamp) -> None:
 def _lanes(config: TrainConfig, count: int) -> int:
     """The run's lanes, chosen when it first starts: another number would be another order of the pairs."""
     path = storage.join(config.output, "lanes.json")
-    chosen = config.lanes or max(DEFAULT_LANES, count)
-    storage.put_if_absent(path, json.dumps(chosen).encode())
-    lanes = int(json.loads(storage.read_bytes(path)))
+    started = storage.exists(path)
+    lanes = int(json.loads(storage.read_bytes(path))) if started else config.lanes or max(DEFAULT_LANES, count)
     if lanes < count:
-        raise UserError(
-            f"workers.num_workers: {count} workers, but this run was started with {lanes} lanes, each read by one "
-            f"worker; use at most {lanes} workers, or a new output"
-        )
+        mend = f"use at most {lanes} workers, or " + ("a new output" if started else "more lanes")
+        raise UserError(f"lanes: {lanes} lanes, each read by one worker, for {count} workers; {mend}")
     if lanes % count:
         even = -(-lanes // count) * count
         print(f"note: {count} workers share {lanes} lanes unevenly; with lanes={even} none waits", file=sys.stderr)
@@ -207,8 +217,9 @@ def _finish(config: TrainConfig) -> dict[str, Any]:
     found = checkpoint.complete(config.output)
     if not found:
         raise RuntimeError(f"{config.output}: training ended without a complete checkpoint")
-    best_path, best = checkpoint.best(found, config.validation.best)
     last_path, last = found[-1]
+    mixed = last.stage_name == INTERPOLATED  # it was chosen on all validation sets, not only on the domain's
+    best_path, best = found[-1] if mixed else checkpoint.best(found, config.validation.best)
     lines = journal.read(config.output)
     result = {
         "best": "checkpoints/" + best_path.rpartition("/")[2],

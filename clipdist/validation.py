@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -49,14 +50,13 @@ class HeldOut:
     def _outputs(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
         """Of this rank's row groups: images [rows, width], captions [captions, width]."""
         shown, told = [], []
-        mine = range(collectives.rank(), len(self.groups), collectives.world_size())
-        for group, (table, images, texts) in zip(mine, encoder.encode(self.groups, mine, "validation"), strict=True):
+        mine: Sequence[int] = range(collectives.rank(), len(self.groups), collectives.world_size())
+        mine = [group for group in mine if len(self._kept(group))]
+        for _, images, texts in encoder.encode(self.groups, mine, "validation", rows=self._kept):
             assert images is not None
             assert texts is not None
-            kept = self._kept(group)
-            counts = [len(captions) for captions in table.column("captions").to_pylist()]
-            shown.append(images[kept])
-            told.append(texts[np.repeat(np.isin(np.arange(len(table)), kept), counts)])
+            shown.append(images)
+            told.append(texts)
         return _joined(shown, encoder.device), _joined(told, encoder.device)
 
     def _gathered(self, local: Tensor, order: Indices) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:

@@ -38,11 +38,11 @@ HEALTH_CHECK_SECONDS = 0.5
 
 @ray.remote(num_cpus=0)
 class EventBox:
-    """Where rank 0 puts what happened, and hears whether the driver wants it to leave."""
+    """Where the workers put what happened, and hear whether the driver wants them to leave."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.leaving = False
+        self.leaving, self.hopeless = False, False
 
     def add(self, events: list[dict[str, Any]]) -> bool:
         self.events += events
@@ -54,6 +54,13 @@ class EventBox:
 
     def leave(self) -> None:
         self.leaving = True
+
+    def fail(self, problems: list[str]) -> None:
+        self.hopeless = True
+        self.events.append({"event": "failed", "problems": problems})
+
+    def is_hopeless(self) -> bool:
+        return self.hopeless
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -121,9 +128,13 @@ def _fit(trainer: ray.train.torch.TorchTrainer, box: Any, watched: History, sign
         time.sleep(REPORT_SECONDS)
         with contextlib.suppress(ray.exceptions.GetTimeoutError):
             watched.add(ray.get(box.take.remote(), timeout=60))
+        if watched.problems:  # Ray starts the workers once more; they find that it is hopeless, and end
+            return
         if signals and not watched.unsaved and time.monotonic() - signals[0] > IDLE_SECONDS:
             raise KeyboardInterrupt
     watched.add(ray.get(box.take.remote()))
+    if watched.problems:
+        return
     try:
         outcome.result()
     except ray.train.TrainingFailedError as error:
@@ -176,6 +187,8 @@ def plan(config: TrainConfig) -> runtime.Scale:
 def _worker(parameters: dict[str, Any]) -> None:
     """One rank: Ray calls this on every worker, and again on all of them after a failure."""
     box, pending, last, leaving = parameters["box"], [], [0.0], [False]
+    if ray.get(box.is_hopeless.remote()):
+        return
 
     def report(event: dict[str, Any]) -> None:
         if collectives.rank() != 0:
@@ -194,10 +207,9 @@ def _worker(parameters: dict[str, Any]) -> None:
     )
     try:
         finished = run_stages(parameters["config"], parameters["manifest"], worker)
-    except (UserError, FloatingPointError) as error:  # all ranks meet these alike; trying again would not help
-        problems = error.problems if isinstance(error, UserError) else [str(error)]
-        report({"event": "failed", "problems": list(problems)})
-        return
+    except (UserError, FloatingPointError) as error:  # trying again would not help
+        ray.get(box.fail.remote(list(error.problems) if isinstance(error, UserError) else [str(error)]))
+        raise  # or the other ranks would wait for this one
     if collectives.rank() == 0:
         ray.get(box.add.remote(pending))
     while not finished and _preempted():  # saved; Ray starts all workers anew where there is room

@@ -5,11 +5,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from clipdist import checkpoint, journal, models
+from clipdist import checkpoint, journal, loop, models
 from clipdist.interpolate import interpolated
 from clipdist.loop import run_stages
 from clipdist.models import ModelConfig
@@ -48,6 +49,8 @@ def all_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["free"], found["held"] = one("free", stages=[held]), one("held", stages=[held | {"distillation": 3.0}])
     found["drift"] = {name: drift(str(folder / name)) for name in ("free", "held")}
     found["epoch"], found["wise"] = one("epoch", stages=[EPOCH]), one("wise", stages=[EPOCH], **WISE)
+    with mock.patch.object(loop, "read_manifest", lambda path, kind: manifest_of(shared)):
+        one("general", stages=[EPOCH], **(WISE | {"interpolate": {"alphas": [0, 1], "general": "other pairs"}}))
     return found | {"left": left_while_mixing(rank, folder / "left", shared)}
 
 
@@ -127,6 +130,13 @@ def test_the_best_mixture_is_the_last_checkpoint() -> None:
     mixed = interpolated(start, trained, progress.metrics["alpha"])
     assert all(torch.equal(value, end[name]) for name, value in mixed.items())
     assert any(not torch.equal(value, start[name]) for name, value in mixed.items())
+
+
+def test_a_general_set_counts_as_much_as_the_domains_own() -> None:
+    _, folder = runs()
+    scores = [line["scores"] for line in journal.read(str(folder / "general")) if line["event"] == "interpolated"]
+    assert [len(one) for one in scores] == [2, 2]
+    assert all(one == pytest.approx(other) for one, other in scores), "here it is the same set"
 
 
 def test_mixing_that_was_left_is_done_again() -> None:

@@ -241,3 +241,22 @@ def _kill_a_worker_after_a_checkpoint(output: Path, events: list[int]) -> None:
                     os.kill(events[0], signal.SIGKILL)
                     return
         time.sleep(0.1)
+
+
+def test_too_many_workers_and_too_few_pairs_are_told_at_once(home: Path, tiny_clip: str) -> None:
+    wrong = train_config(
+        home, tiny_clip, output=str(home / "wrong"), workers={"num_workers": 99}, global_batch_size=9999
+    )
+    with pytest.raises(UserError) as told:
+        train.run(wrong)
+    problems = "\n".join(told.value.problems)
+    assert "99 workers need 99 CPU cores; the cluster has 2" in problems
+    assert "a global batch of 9,999 pairs" in problems
+    assert not (home / "wrong").exists()
+
+
+def test_a_training_that_no_restart_would_mend_ends_with_its_reason(home: Path, tiny_clip: str) -> None:
+    stages = [{"name": "all", "learns": ["all"], "steps": 8, "learning_rate": 1e30, "warmup": 0}]
+    with pytest.raises(UserError, match="the gradient norm is nan: lower learning_rate"):
+        train.run(train_config(home, tiny_clip, output=str(home / "diverged"), stages=stages))
+    assert not (home / "diverged" / "result.json").exists()

@@ -205,4 +205,5 @@ def test_worker_processes_decode_what_this_process_decodes_in_the_same_order() -
 def test_waiting_is_counted(rows: Rows) -> None:
     loader = Loader(rows, SHARES, None, PREPROCESS, NO_CHANGE, 0)
     next(loader.batches())
-    assert loader.wait_seconds > 0
+    assert loader.take_wait() > 0
+    assert loader.take_wait() == 0
