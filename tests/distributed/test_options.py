@@ -49,7 +49,7 @@ def all_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["free"], found["held"] = one("free", stages=[held]), one("held", stages=[held | {"distillation": 3.0}])
     found["drift"] = {name: drift(str(folder / name)) for name in ("free", "held")}
     found["epoch"], found["wise"] = one("epoch", stages=[EPOCH]), one("wise", stages=[EPOCH], **WISE)
-    with mock.patch.object(loop, "read_manifest", lambda path, kind: manifest_of(shared)):
+    with mock.patch.object(loop, "read_manifest", return_value=manifest_of(shared)):
         one("general", stages=[EPOCH], **(WISE | {"interpolate": {"alphas": [0, 1], "general": "other pairs"}}))
     return found | {"left": left_while_mixing(rank, folder / "left", shared)}
 
