@@ -68,8 +68,9 @@ class Encoder:
         for done, (table, pixels) in enumerate(decoded):
             shown = self._batched(self.towers.image_tower_output, pixels) if pixels is not None else None
             tokens = self.towers.tokenise([*chain(*table.column("captions").to_pylist())]) if texts else None
-            yield table, shown, self._batched(self.towers.text_tower_output, tokens) if tokens is not None else None
+            told = self._batched(self.towers.text_tower_output, tokens) if tokens is not None else None
             self.report({"event": "encoded", "split": split, "row_groups": done + 1, "of": len(mine)})
+            yield table, shown, told
 
     @torch.no_grad()
     def embeddings(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

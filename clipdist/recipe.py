@@ -60,10 +60,10 @@ class SpeedConfig(Section):
 
 
 class CheckpointsConfig(Section):
-    """When the training state is saved, besides after every validation."""
+    """When the training state is saved, besides before every validation."""
 
     every_steps: int | None = Field(None, ge=1)
-    """After so many steps of the run; null: only after validations."""
+    """After so many steps of the run; null: only before validations."""
     every_minutes: float | None = Field(15.0, gt=0)
     """After so many minutes since the last one; null: never."""
 

@@ -27,6 +27,7 @@ SPEED = {
     "bf16": {"precision": "bf16"},
 }
 EPOCH = {"name": "all", "learns": ["all"], "epochs": 1, "learning_rate": 1e-3}
+FROZEN = {"name": "frozen", "learns": ["projections", "logit_scale"], "epochs": 2, "learning_rate": 1e-3}
 BEST = "text_to_image/mrr@10"
 WISE = {"validation": {"best": BEST}, "interpolate": {"alphas": [0, 0.5, 1]}}
 
@@ -51,6 +52,9 @@ def all_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["epoch"], found["wise"] = one("epoch", stages=[EPOCH]), one("wise", stages=[EPOCH], **WISE)
     with mock.patch.object(loop, "read_manifest", return_value=manifest_of(shared)):
         one("general", stages=[EPOCH], **(WISE | {"interpolate": {"alphas": [0, 1], "general": "other pairs"}}))
+    plain = {"stages": [FROZEN], "reuse_frozen_features": False}
+    found["frozen"], found["computed"] = one("frozen", stages=[FROZEN]), one("computed", **plain)
+    found["encoded"] = encoded_row_groups(rank, folder / "encoded", shared)
     return found | {"left": left_while_mixing(rank, folder / "left", shared)}
 
 
@@ -64,6 +68,19 @@ def drift(output: str) -> float:
             for towers in (models.load(ModelConfig(name=path)) for path in (start, end))
         )
     return 1 - float(torch.cosine_similarity(ours, theirs))
+
+
+def encoded_row_groups(rank: int, output: Path, shared: Path) -> list[int]:
+    """Row groups of training pairs that this rank encodes: before it is left at a step, and when it goes on."""
+    config = settings(output, shared / "clip.json", stages=[FROZEN])
+    counts = []
+    for asks in (True, False):
+        events = list[dict[str, Any]]()
+        wants = lambda asks=asks, events=events: asks and any(e["event"] == "step" for e in events)  # noqa: E731
+        run_stages(config, manifest_of(shared), Worker(torch.device("cpu"), 1, 0, events.append, wants))
+        torch.distributed.barrier()
+        counts.append(sum(e["event"] == "encoded" and e["split"] == "train" for e in events))
+    return counts
 
 
 def left_while_mixing(rank: int, output: Path, shared: Path) -> list[bool]:
@@ -80,11 +97,16 @@ def left_while_mixing(rank: int, output: Path, shared: Path) -> list[bool]:
 
 
 @cache
-def runs() -> tuple[dict[str, Any], Path]:
+def ranks() -> tuple[list[dict[str, Any]], Path]:
     shared = Path(tempfile.mkdtemp())
     (shared / "clip.json").write_text(json.dumps(TINY_CLIP))
     write_pairs(shared)
-    return run_ranks(2, all_runs, shared / "ranks")[0], shared / "ranks"
+    return run_ranks(2, all_runs, shared / "ranks"), shared / "ranks"
+
+
+def runs() -> tuple[dict[str, Any], Path]:
+    found, folder = ranks()
+    return found[0], folder
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "plain", "compile"])
@@ -98,6 +120,15 @@ def test_bf16_keeps_the_curve_to_its_own_rounding() -> None:
     found, _ = runs()
     assert found["bf16"]["losses"] == pytest.approx(found["default"]["losses"], rel=2e-2)
     assert found["bf16"]["losses"] != pytest.approx(found["default"]["losses"], rel=1e-7)
+
+
+def test_outputs_of_frozen_towers_are_computed_once_by_all_ranks_and_change_nothing() -> None:
+    found, _ = ranks()
+    first, resumed = (sum(one["encoded"][call] for one in found) for call in (0, 1))
+    assert first == 11, "every row group by one rank"
+    assert min(one["encoded"][0] for one in found) == 5, "the ranks share the work"
+    assert resumed == 0, "a run that goes on finds them"
+    assert found[0]["frozen"]["losses"] == pytest.approx(found[0]["computed"]["losses"], rel=2e-3)  # float16
 
 
 def test_a_stage_that_has_stopped_rising_ends() -> None:
