@@ -48,6 +48,7 @@ class History:
 
     def _step(self, event: dict[str, Any]) -> None:
         self.unsaved = True
+        self.bar.facts.pop("encoding", None)
         names = ("stage", "epoch", "loss", "pairs_per_second", "data_wait")
         self.bar.advance(event["pairs"], **{name: event[name] for name in names if name in event})
         if is_line(event, self.config.log_every_steps):

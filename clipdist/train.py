@@ -120,9 +120,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         pretrained = storage.absolute(pretrained)
     if interpolate is not None and interpolate.general is not None:
         interpolate = interpolate.model_copy(update={"general": storage.absolute(interpolate.general)})
-    terms, model = together(
-        config.vocabulary.all_terms, lambda: about("model.name", lambda: models.locate(config.model.name))
-    )
+    terms, model = together(config.vocabulary.all_terms, lambda: models.locate(config.model.name))
     return config.model_copy(
         update={
             "output": storage.absolute(config.output),
