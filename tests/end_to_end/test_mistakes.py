@@ -150,8 +150,8 @@ def test_too_many_rejects_fail_publish_nothing_and_can_be_mended(
 @pytest.mark.usefixtures("local_ray")
 def test_interrupted_and_killed_jobs_go_on(tmp_path: Path) -> None:
     """Ctrl-C, then SIGKILL, then to the end: every row once."""
-    table = write_shapes(tmp_path / "many", copies=12)
-    command = [sys.executable, "-m", "clipdist.cli", "prepare", *settings(tmp_path, table, unit_rows=8)]
+    table = write_shapes(tmp_path / "many", copies=40)
+    command = [sys.executable, "-m", "clipdist.cli", "prepare", *settings(tmp_path, table, unit_rows=16)]
     commits = tmp_path / "pairs" / "commits"
     for number, how in enumerate((signal.SIGINT, signal.SIGKILL)):
         job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -171,7 +171,7 @@ def test_interrupted_and_killed_jobs_go_on(tmp_path: Path) -> None:
     from clipdist.ledger import read_manifest
 
     manifest = read_manifest(str(tmp_path / "pairs"), "pairs")
-    assert manifest.written("pairs") == manifest.planned["pairs"] == 384
+    assert manifest.written("pairs") == manifest.planned["pairs"] == 1280
 
 
 def test_options_may_stand_before_settings(tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
