@@ -66,9 +66,7 @@ def locate(name: str) -> ModelPlace:
     if path.endswith(".json") and storage.exists(path):
         return ModelPlace(path, None)
     if storage.exists(storage.join(path, "plan.json")):
-        raise UserError(
-            f"model.name: {name}: what prepare or embed made; give a training run or a checkpoint"
-        )
+        raise UserError(f"model.name: {name}: what prepare or embed made; give a training run or a checkpoint")
     if storage.exists(storage.join(path, "stamp.json")):
         raise UserError(f"model.name: {name}: this training run is not finished, or no checkpoint is there")
     if name.replace("/", "-") not in open_clip.list_models():
