@@ -190,7 +190,7 @@ def set_gradient_checkpointing(tower: Any, on: bool) -> None:
     if hasattr(tower, "trunk"):
         try:
             tower.trunk.set_grad_checkpointing(on)
-        except (AssertionError, AttributeError, NotImplementedError):
+        except (AssertionError, AttributeError, NotImplementedError):  # timm's models refuse in one of these ways
             kind = type(tower.trunk).__name__
             raise UserError(f"gradient checkpointing: timm's {kind} does not offer it; switch it off") from None
     elif hasattr(tower, "layer4") or hasattr(tower, "config"):

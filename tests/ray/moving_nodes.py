@@ -23,9 +23,10 @@ PREEMPTION = 2
 
 
 def step_of(output: str) -> int:
+    """The newest complete checkpoint's step."""
     try:
         found = checkpoint.complete(output) if Path(output, "checkpoints").exists() else []
-    except FileNotFoundError:
+    except FileNotFoundError:  # pruned at this moment
         return step_of(output)
     return found[-1][1].step if found else 0
 

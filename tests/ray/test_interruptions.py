@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from clipdist import checkpoint, prepare
+from clipdist import journal, prepare
 from clipdist.config import load
 from clipdist.prepare import PrepareConfig
 from tests.conftest import write_shapes
+from tests.ray.moving_nodes import step_of
 
 STEPS = 60
 RAY_WORKER = "ray::RayTrainWorker"
@@ -60,15 +61,6 @@ def start(config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def step_of(output: Path) -> int:
-    """The newest complete checkpoint's step."""
-    try:
-        found = checkpoint.complete(str(output)) if (output / "checkpoints").exists() else []
-    except FileNotFoundError:  # pruned at this moment
-        return step_of(output)
-    return found[-1][1].step if found else 0
-
-
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -78,8 +70,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def outcome(output: Path) -> dict[str, Any]:
     result = json.loads((output / "result.json").read_text())
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    losses = [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
+    losses = [(line["step"], line["loss"]) for line in journal.read(str(output)) if line["event"] == "step"]
     return {"metrics": result["last_metrics"], "best": result["best"], "losses": losses}
 
 
@@ -99,13 +90,13 @@ def test_an_undisturbed_run_is_whole(undisturbed: dict[str, Any]) -> None:
 
 def test_sigkill_of_a_worker(home: Path, tiny_clip: str, undisturbed: dict[str, Any]) -> None:
     driver = start(write_config(home, tiny_clip, "worker"))
-    wait_for(lambda: step_of(home / "worker") >= 12)
+    wait_for(lambda: step_of(str(home / "worker")) >= 12)
     workers = processes_of(RAY_WORKER, driver.pid)
     os.kill(workers[-1], signal.SIGKILL)
     killed = time.time()
     assert driver.wait(300) == 0
     assert outcome(home / "worker") == undisturbed
-    lines = [json.loads(line) for line in (home / "worker" / "metrics.jsonl").read_text().splitlines()]
+    lines = journal.read(str(home / "worker"))
     back = min(line["time"] for line in lines if line["event"] == "step" and line["time"] > killed + 1)
     print(f"from SIGKILL of a worker to the next step: {back - killed:.1f} s")
     assert len([line for line in lines if line["event"] == "workers"]) == 2
@@ -116,7 +107,7 @@ def test_sigkill_of_the_driver_and_a_half_written_checkpoint(
 ) -> None:
     config = write_config(home, tiny_clip, "driver")
     driver = start(config)
-    wait_for(lambda: step_of(home / "driver") >= 12)
+    wait_for(lambda: step_of(str(home / "driver")) >= 12)
     workers = processes_of(RAY_WORKER, driver.pid)
     driver.kill()
     driver.wait()
@@ -133,13 +124,13 @@ def test_a_signal_saves_and_leaves(home: Path, tiny_clip: str, undisturbed: dict
     name = "signal"
     config = write_config(home, tiny_clip, name)
     driver = start(config)
-    wait_for(lambda: step_of(home / name) >= 12)
+    wait_for(lambda: step_of(str(home / name)) >= 12)
     driver.send_signal(signal.SIGTERM)
     _, said = driver.communicate(timeout=120)
     assert driver.returncode == 130
     assert "run the same command again" in said
-    lines = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
-    assert step_of(home / name) == max(line["step"] for line in lines if line["event"] == "step")
+    lines = journal.read(str(home / name))
+    assert step_of(str(home / name)) == max(line["step"] for line in lines if line["event"] == "step")
     assert start(config).wait(300) == 0
     assert outcome(home / name) == undisturbed
 
