@@ -260,11 +260,12 @@ def _run_info(options: argparse.Namespace) -> int:
 
 
 def _run_vocab(options: argparse.Namespace) -> int:
-    from clipdist import ledger, models, propose, storage
+    from clipdist import manifest as manifests
+    from clipdist import models, propose, storage
 
     if options.top < 1 or options.min_count < 1:
         raise UserError("--top and --min-count: expected whole numbers from 1 up")
-    manifest = ledger.read_manifest(storage.absolute(options.pairs), "pairs")
+    manifest = manifests.read_manifest(storage.absolute(options.pairs), "pairs")
     tokenizer, known = models.load_tokenizer(options.model)
     counts = propose.words(propose.captions(manifest))
     found = propose.propose(counts, tokenizer, known, options.min_count)

@@ -22,7 +22,7 @@ from clipdist.config import Section, UserError, dump
 from clipdist.gallery import Section as GallerySection
 from clipdist.gallery import Tile, contact_sheet, gallery
 from clipdist.images import BadImage
-from clipdist.ledger import read_manifest, refuse_other_stamp
+from clipdist.manifest import read_manifest, refuse_other_stamp
 from clipdist.metrics import Relevance
 from clipdist.pictures import read_picture
 from clipdist.plots import heatmap

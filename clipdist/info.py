@@ -7,7 +7,7 @@ from typing import Any
 
 from clipdist import storage
 from clipdist.config import UserError
-from clipdist.ledger import Manifest, read_manifest
+from clipdist.manifest import Manifest, latest, read_manifest
 from clipdist.report import file_size, number, table
 from clipdist.schema import Stamp
 
@@ -18,7 +18,7 @@ def describe(path: str) -> dict[str, Any]:
     if not storage.exists(uri):
         raise UserError(f"{path}: no such folder")
     names = set(storage.names(uri))
-    if "plan.json" in names:
+    if "plans" in names:
         return _describe_table(uri)
     if "metrics.json" in names:
         return _read(uri, "metrics.json") | {"kind": "metrics", "path": uri}
@@ -27,9 +27,7 @@ def describe(path: str) -> dict[str, Any]:
     if "open_clip_config.json" in names:
         own = _read(uri, "clipdist.json") if "clipdist.json" in names else {}
         return {"kind": "checkpoint", "path": uri, "bytes": _size(uri), **own}
-    raise UserError(
-        f"{path}: not a folder of clipdist (no plan.json, metrics.json, stamp.json or open_clip_config.json)"
-    )
+    raise UserError(f"{path}: not a folder of clipdist (no plans, metrics.json, stamp.json or open_clip_config.json)")
 
 
 def show(found: dict[str, Any]) -> str:
@@ -57,7 +55,7 @@ def _describe_table(uri: str) -> dict[str, Any]:
     try:
         manifest = read_manifest(uri)
     except UserError as error:
-        plan = _read(uri, "plan.json")
+        plan = latest(uri, "plans") or {}
         if "stamp" not in plan:
             raise
         return {"kind": Stamp.from_json(plan["stamp"]).kind, "path": uri, "state": str(error).removeprefix(f"{uri}: ")}

@@ -1,10 +1,15 @@
-"""Exactly-once tables: a plan made once, one commit per unit of work, numbered manifests; what is still to do.
+"""Exactly-once tables: plans made once, a commit per unit of work, units joined into shards, numbered manifests.
 
-plan/<nonce>/000000.parquet   the planned rows, one row group per unit
-plan.json                     stamp, plan files, rows planned; put-if-absent: the first writer wins
-<table>/000012-<nonce>.parquet, rejects/000012-<nonce>.parquet
+plan/<nonce>/000000.arrows    the planned rows, one Arrow stream per unit
+plans/00000001.json           stamp, units, and the state that they add to; put-if-absent: the first writer wins
+pieces/000012-<nonce>...      the results of unit 12
 commits/000012.json           names the files of unit 12; put-if-absent: a unit is committed once
-manifests/00000001.json       every committed file; the highest number counts, and readers trust nothing else
+images/000003-<nonce>.parquet, rejects/000003-<nonce>.parquet
+shards/000003.json            the record of a joined shard; replaces the commits of its units
+manifests/00000001.json       every file of the table; the highest number counts, and readers trust nothing else
+
+A table whose results need no joining (`shard_units` 0) has its units' files in <table>/ at once, and no pieces.
+A later plan starts from the state that the earlier ones left (`base`), changed as it needs.
 """
 
 from __future__ import annotations
@@ -13,79 +18,87 @@ import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from clipdist import storage
-from clipdist.config import UserError, differences
-from clipdist.schema import REJECTS, SCHEMA_VERSION, Stamp
+from clipdist.config import UserError
+from clipdist.manifest import File, Manifest, latest, read_manifest, refuse_other_stamp
+from clipdist.schema import REJECTS, Stamp
 
-UNITS_PER_PLAN_FILE = 256
+PLAN_FILE_UNITS = 256
+THREADS = 16
 
+Purpose = Literal["make", "retry", "update", "remove", "compact"]
 
-@dataclass(frozen=True)
-class File:
-    """One committed Parquet file. `offsets`: where each row group's raw embedding matrix starts, in bytes."""
-
-    path: str
-    table: str
-    rows: int
-    row_groups: tuple[int, ...]
-    file_bytes: int
-    split: str | None = None
-    offsets: tuple[int, ...] = ()
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> File:
-        lists = {"row_groups": tuple(value["row_groups"]), "offsets": tuple(value["offsets"])}
-        return File(**{**value, **lists})
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A finished table. Counts are per table: planned == written + the sum of rejected."""
-
-    uri: str
-    stamp: Stamp
-    files: tuple[File, ...]
-    reject_files: tuple[str, ...]
-    planned: dict[str, int]
-    rejected: dict[str, dict[str, int]]
-    facts: dict[str, Any]
-
-    def written(self, table: str) -> int:
-        return sum(file.rows for file in self.files if file.table == table)
-
-    def select(self, table: str, split: str | None = None) -> list[File]:
-        return [file for file in self.files if file.table == table and split in (None, file.split)]
-
-    def path(self, file: File) -> str:
-        return storage.join(self.uri, file.path)
+Join: TypeAlias = Callable[[Sequence[str], str], tuple[bytes, File]]
+"""Paths of the pieces of a table, in order -> the shard."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """An output under work. `units`: rows planned per unit, in order."""
+    """An output under its latest plan. Units and shards are numbered through all plans."""
 
     uri: str
     stamp: Stamp
+    number: int
+    purpose: Purpose
+    base: Manifest
     plan_files: tuple[str, ...]
-    units: tuple[int, ...]
-    facts: dict[str, Any]
+    unit_rows: NDArray[np.int64]
+    unit_ends: NDArray[np.int64]
+    """Where the stream of each unit ends in its plan file, in bytes; it starts where the one before ends."""
+    first_unit: int
+    first_shard: int
+    shard_units: int
+
+    @property
+    def units(self) -> range:
+        return range(self.first_unit, self.first_unit + len(self.unit_rows))
+
+    @property
+    def shards(self) -> range:
+        count = -(-len(self.unit_rows) // self.shard_units) if self.shard_units else 0
+        return range(self.first_shard, self.first_shard + count)
+
+    def shard_of(self, unit: int) -> int:
+        return self.first_shard + (unit - self.first_unit) // self.shard_units
+
+    def units_of(self, shard: int) -> range:
+        start = self.first_unit + (shard - self.first_shard) * self.shard_units
+        return range(start, min(start + self.shard_units, self.units.stop))
+
+    def rows_of(self, unit: int) -> int:
+        return int(self.unit_rows[unit - self.first_unit])
 
     def rows(self, unit: int) -> pa.Table:
-        """The planned rows of one unit."""
-        path = storage.join(self.uri, self.plan_files[unit // UNITS_PER_PLAN_FILE])
-        with storage.open_read(path) as file:
-            return pq.ParquetFile(file).read_row_group(unit % UNITS_PER_PLAN_FILE)
+        """The planned rows of one unit: one range read."""
+        index, size = unit - self.first_unit, self.shard_units or PLAN_FILE_UNITS
+        start = int(self.unit_ends[index - 1]) if index % size else 0
+        data = storage.read_bytes(self._path(self.plan_files[index // size]), start, int(self.unit_ends[index]))
+        return pa.ipc.open_stream(data).read_all()
+
+    def closed(self) -> set[int]:
+        """The shards of this plan that are joined."""
+        return {number for number in self._numbers("shards") if number in self.shards}
 
     def committed(self) -> set[int]:
-        return {int(name.removesuffix(".json")) for name in storage.names(self._path("commits"))}
+        """The units of this plan that have a commit of their own: those that are in no joined shard."""
+        closed = self.closed()
+        loose = (unit for unit in self._numbers("commits") if unit in self.units)
+        return {unit for unit in loose if not closed or self.shard_of(unit) not in closed}
+
+    def missing(self) -> list[int]:
+        """The units that are still to do, in order."""
+        closed, committed = self.closed(), self.committed()
+        return [unit for unit in self.units if unit not in committed and not (closed and self.shard_of(unit) in closed)]
 
     def commit(
         self,
@@ -95,186 +108,273 @@ class Ledger:
         rejects: list[dict[str, Any]],
     ) -> bool:
         """Writes a unit's files under an attempt's name, then its record. False: another attempt was first."""
-        nonce, written = uuid.uuid4().hex[:12], []
+        nonce, files = uuid.uuid4().hex[:12], []
         for data, file in tables.values():
             folder = file.table if file.split is None else f"{file.table}/{file.split}"
-            named = {**asdict(file), "path": f"{folder}/{unit:06d}-{nonce}.parquet"}
-            storage.write_atomic(self._path(named["path"]), data)
-            written.append(named)
-        reject_file = None
-        if rejects:
-            reject_file = f"rejects/{unit:06d}-{nonce}.parquet"
-            storage.write_atomic(self._path(reject_file), _parquet(pa.Table.from_pylist(rejects, REJECTS)))
-        reasons: dict[str, Counter[str]] = {table: Counter() for table in planned}
-        for reject in rejects:
-            reasons[reject["table"]][reject["reason"]] += 1
-        record = {"unit": unit, "nonce": nonce, "files": written, "reject_file": reject_file}
-        record |= {"planned": dict(planned), "rejected": reasons}
-        if storage.put_if_absent(self._path(f"commits/{unit:06d}.json"), json.dumps(record).encode()):
-            return True
-        for path in [*(file["path"] for file in written), *([reject_file] if reject_file else [])]:
-            storage.remove(self._path(path))
-        return False
+            path = f"pieces/{unit:06d}-{nonce}-{file.table}.parquet"
+            files.append(replace(file, path=path if self.shard_units else f"{folder}/{unit:06d}-{nonce}.parquet"))
+            storage.write_atomic(self._path(files[-1].path), data)
+        folder = "pieces" if self.shard_units else "rejects"
+        reject_file = f"{folder}/{unit:06d}-{nonce}{'-rejects' if self.shard_units else ''}.parquet"
+        return self._record(f"commits/{unit:06d}.json", nonce, files, planned, rejects, reject_file)
 
-    def commits(self) -> list[dict[str, Any]]:
-        paths = [self._path(f"commits/{unit:06d}.json") for unit in sorted(self.committed())]
-        with ThreadPoolExecutor(16) as pool:
-            return [json.loads(data) for data in pool.map(storage.read_bytes, paths)]
+    def join(self, shard: int, join: Join) -> bool:
+        """Makes one shard per table of the pieces of its units; then these and their commits go. False: another
+        attempt was first."""
+        commits = self._read_all(f"commits/{unit:06d}.json" for unit in self.units_of(shard))
+        pieces: dict[str, list[str]] = {}
+        for piece in (piece for commit in commits for piece in commit["files"]):
+            pieces.setdefault(piece["table"], []).append(piece["path"])
+        nonce, files = uuid.uuid4().hex[:12], []
+        planned: Counter[str] = Counter()
+        for commit in commits:
+            planned.update(commit["planned"])
+        for table, paths in pieces.items():
+            data, file = join([self._path(path) for path in paths], table)
+            files.append(replace(file, path=f"{table}/{shard:06d}-{nonce}.parquet"))
+            storage.write_atomic(self._path(files[-1].path), data)
+        reject_files = [commit["reject_file"] for commit in commits if commit["reject_file"]]
+        rejects = self.read_rejects(reject_files).to_pylist()
+        name = f"rejects/{shard:06d}-{nonce}.parquet"
+        won = self._record(f"shards/{shard:06d}.json", nonce, files, planned, rejects, name)
+        self._remove([*(path for paths in pieces.values() for path in paths), *reject_files])
+        self._remove([f"commits/{unit:06d}.json" for unit in self.units_of(shard)])
+        return won
+
+    def records(self) -> list[dict[str, Any]]:
+        """What this plan's units gave so far: records of joined shards, then commits of units in none."""
+        names = [f"shards/{shard:06d}.json" for shard in sorted(self.closed())]
+        return self._read_all([*names, *(f"commits/{unit:06d}.json" for unit in sorted(self.committed()))])
+
+    def state(self) -> Manifest:
+        """The base and the results of this plan. RuntimeError when a unit is missing, or a row is."""
+        if left := len(self.missing()) or len(self.shards) - len(self.closed()):
+            raise RuntimeError(f"{self.uri}: {left} of {len(self.unit_rows)} units are not committed")
+        planned, rejected = Counter(self.base.planned), {t: Counter(r) for t, r in self.base.rejected.items()}
+        files, reject_files = list(self.base.files), list(self.base.reject_files)
+        for record in self.records():
+            planned.update(record["planned"])
+            files += [File.from_json(file) for file in record["files"]]
+            reject_files += [record["reject_file"]] if record["reject_file"] else []
+            for table, reasons in record["rejected"].items():
+                rejected.setdefault(table, Counter()).update(reasons)
+        state = replace(
+            self.base,
+            stamp=self.stamp,
+            files=tuple(files),
+            reject_files=tuple(reject_files),
+            planned=dict(planned),
+            rejected={table: {reason: n for reason, n in r.items() if n} for table, r in rejected.items()},
+            plan=self.number,
+        )
+        for table, rows in planned.items():
+            kept, lost = state.written(table), sum(rejected.get(table, Counter()).values())
+            if rows != kept + lost:
+                raise RuntimeError(f"{self.uri}: {table}: planned {rows} rows != written {kept} + rejected {lost}")
+        return state
+
+    def finished(self) -> Manifest | None:
+        """The manifest that holds the results of this plan."""
+        value = latest(self.uri, "manifests")
+        manifest = Manifest.from_json(self.uri, value) if value is not None else None
+        return manifest if manifest is not None and manifest.plan == self.number else None
+
+    def publish(self) -> Manifest:
+        """Checks that every planned row was written or rejected, writes the manifest, deletes what is of no use."""
+        state = self.state()
+        manifest = replace(state, number=self.base.number + 1)
+        path = self._path(f"manifests/{manifest.number:08d}.json")
+        if not storage.put_if_absent(path, json.dumps(manifest.to_json()).encode()):
+            manifest = read_manifest(self.uri)
+            if manifest.plan < self.number:
+                raise UserError(f"{self.uri}: another job changed this table meanwhile; run the same command again")
+        self.sweep(manifest)
+        return manifest
+
+    def read_rejects(self, names: Iterable[str]) -> pa.Table:
+        """The rows of reject files, with `REJECTS` as schema."""
+
+        def read(name: str) -> pa.Table:
+            return pq.read_table(io.BytesIO(storage.read_bytes(self._path(name))), schema=REJECTS)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return pa.concat_tables([REJECTS.empty_table(), *pool.map(read, names)])
 
     def reject_examples(self, count: int) -> list[str]:
         """A few rejects as lines for a person."""
-        lines: list[str] = []
-        for commit in self.commits():
-            if commit["reject_file"] and len(lines) < count:
-                with storage.open_read(self._path(commit["reject_file"])) as file:
-                    rows = pq.read_table(file).slice(0, count - len(lines)).to_pylist()
-                lines += [f"{row['id'] or '(no id)'}: {row['reason']}: {row['message']}" for row in rows]
-        return lines
+        names = [record["reject_file"] for record in self.records() if record["reject_file"]]
+        rows = self.read_rejects([*names[:count], *self.base.reject_files[:count]]).slice(0, count).to_pylist()
+        return [f"{row['id'] or '(no id)'}: {row['reason']}: {row['message']}" for row in rows]
 
-    def forget_rejecting_units(self) -> int:
-        """Takes back the commits of units with rejects, so that a rerun tries these rows again."""
-        forgotten = [commit for commit in self.commits() if commit["reject_file"]]
-        for commit in forgotten:
-            storage.remove(self._path(f"commits/{commit['unit']:06d}.json"))
-            for path in [*(file["path"] for file in commit["files"]), commit["reject_file"]]:
-                storage.remove(self._path(path))
-        return len(forgotten)
+    def next_number(self) -> int:
+        """What the first file of the next plan is named by."""
+        return self.shards.stop if self.shard_units else self.units.stop
 
-    def publish(self, **facts: Any) -> Manifest:
-        """Checks that every planned row was written or rejected, then writes the manifest."""
-        commits = self.commits()
-        missing = len(self.units) - len(commits)
-        if missing:
-            raise RuntimeError(f"{self.uri}: {missing} of {len(self.units)} units are not committed")
-        planned: Counter[str] = Counter()
-        rejected: dict[str, Counter[str]] = {}
-        files: list[File] = []
-        for commit in commits:
-            planned.update(commit["planned"])
-            files += [File.from_json(file) for file in commit["files"]]
-            for table, reasons in commit["rejected"].items():
-                rejected.setdefault(table, Counter()).update(reasons)
-        reject_files = tuple(commit["reject_file"] for commit in commits if commit["reject_file"])
-        counts = {table: dict(reasons) for table, reasons in rejected.items()}
-        manifest = Manifest(
-            self.uri, self.stamp, tuple(files), reject_files, dict(planned), counts, {**self.facts, **facts}
-        )
-        for table, rows in planned.items():
-            kept, lost = manifest.written(table), sum(rejected[table].values())
-            if rows != kept + lost:
-                raise RuntimeError(f"{self.uri}: {table}: planned {rows} rows != written {kept} + rejected {lost}")
-        data = json.dumps({**asdict(manifest), "stamp": self.stamp.to_json()}).encode()
-        if not storage.put_if_absent(self._path("manifests/00000001.json"), data):
-            return read_manifest(self.uri)
-        return manifest
+    def extend(self, stamp: Stamp, units: Iterable[pa.Table], base: Manifest, *, purpose: Purpose) -> Ledger:
+        """Makes the next plan: `units` are added to `base`. All units of this one must be done."""
+        first = {"first_unit": self.units.stop, "first_shard": self.shards.stop, "shard_units": self.shard_units}
+        return _make_plan(self.uri, self.number + 1, purpose, stamp, units, base, **first)
+
+    def _record(
+        self,
+        name: str,
+        nonce: str,
+        files: Sequence[File],
+        planned: Mapping[str, int],
+        rejects: list[dict[str, Any]],
+        reject_file: str,
+    ) -> bool:
+        """Writes the rejects, then puts the record that names everything; takes the files back when it is late."""
+        if rejects:
+            storage.write_atomic(self._path(reject_file), parquet(pa.Table.from_pylist(rejects, REJECTS)))
+        reasons: dict[str, Counter[str]] = {table: Counter() for table in planned}
+        for reject in rejects:
+            reasons[reject["table"]][reject["reason"]] += 1
+        record = {"nonce": nonce, "files": [asdict(file) for file in files], "planned": dict(planned)}
+        record |= {"rejected": reasons, "reject_file": reject_file if rejects else None}
+        if storage.put_if_absent(self._path(name), json.dumps(record).encode()):
+            return True
+        self._remove([*(file.path for file in files), *([reject_file] if rejects else [])])
+        return False
+
+    def sweep(self, manifest: Manifest) -> None:
+        """Deletes what no reader can need: attempts that came too late, and files that neither this manifest nor the
+        one before names. A file carries the number of its unit, shard or plan: later ones belong to a later plan."""
+        keep = manifest.names()
+        before = self._path(f"manifests/{manifest.number - 1:08d}.json")
+        if storage.exists(before):
+            keep |= Manifest.from_json(self.uri, json.loads(storage.read_bytes(before))).names()
+        for folder in ("pieces", "commits"):
+            old = [f"{folder}/{name}" for name in storage.names(self._path(folder))]
+            ours = [name for name in old if _number(name) < self.units.stop]
+            self._remove(ours if self.shard_units else [])
+        ends = dict.fromkeys([*manifest.planned, "rejects"], self.next_number()) | {"deletes": self.number + 1}
+        for folder, end in ends.items():
+            there = [path.removeprefix(f"{self.uri}/") for path, _ in _walk(self._path(folder))]
+            self._remove([name for name in there if name not in keep and _number(name) < end])
+        ours = {path.split("/")[1] for path in self.plan_files}
+        for name in storage.names(self._path("plan")):
+            if name not in ours:
+                storage.remove_tree(self._path(f"plan/{name}"))
+        for name in storage.names(self._path("manifests")):
+            if _number(name) < manifest.number - 1:
+                storage.remove(self._path(f"manifests/{name}"))
+
+    def _numbers(self, folder: str) -> set[int]:
+        return {_number(name) for name in storage.names(self._path(folder)) if name.endswith(".json")}
+
+    def _read_all(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return [json.loads(data) for data in pool.map(storage.read_bytes, map(self._path, names))]
+
+    def _remove(self, names: Iterable[str]) -> None:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(storage.remove, map(self._path, names)))
 
     def _path(self, name: str) -> str:
         return storage.join(self.uri, name)
 
 
-def begin(uri: str, stamp: Stamp, plan: Callable[[], tuple[Iterable[pa.Table], dict[str, Any]]]) -> Ledger:
-    """Opens the output at `uri`, or makes its plan when it is new. `plan()` gives one table per unit, and facts.
+def begin(uri: str, stamp: Stamp, plan: Callable[[], Iterable[pa.Table]], *, shard_units: int = 0) -> Ledger:
+    """Opens the output at `uri`, or makes its plan when it is new. `plan()` gives one table per unit.
 
     Raises UserError when the output was made with another stamp (both values are named) or is something else.
     """
-    path = storage.join(uri, "plan.json")
-    if not storage.exists(path):
-        strange = [name for name in storage.names(uri) if name not in ("plan", "config.yaml")]
+    found = open_ledger(uri)
+    if found is None:
+        strange = [name for name in storage.names(uri) if name not in ("plan", "plans", "config.yaml", "running.json")]
         if strange:
             raise UserError(f"{uri}: this folder already holds {_some(strange)}; choose an empty or new output")
-        units, facts = plan()
-        files, rows = _write_plan(uri, units)
-        value = {"stamp": stamp.to_json(), "plan_files": files, "units": rows, "facts": facts}
-        storage.put_if_absent(path, json.dumps({**value, "nonce": uuid.uuid4().hex}).encode())
-    value = json.loads(storage.read_bytes(path))
-    refuse_other_stamp(uri, stamp, Stamp.from_json(value["stamp"]))
-    return Ledger(uri, stamp, tuple(value["plan_files"]), tuple(value["units"]), value["facts"])
+        first = {"first_unit": 0, "first_shard": 0, "shard_units": shard_units}
+        found = _make_plan(uri, 1, "make", stamp, plan(), Manifest(uri, stamp), **first)
+    refuse_other_stamp(uri, stamp, found.stamp)
+    return found
 
 
-def refuse_other_stamp(uri: str, ours: Stamp, theirs: Stamp) -> None:
-    """UserError naming every value in which the artefact at `uri` differs from what is asked for now."""
-    found = differences(
-        {"kind": ours.kind, "schema_version": ours.schema_version, **ours.identity},
-        {"kind": theirs.kind, "schema_version": theirs.schema_version, **theirs.identity},
+def open_ledger(uri: str) -> Ledger | None:
+    """The output at `uri` under its latest plan; None when nothing is planned there."""
+    value = latest(uri, "plans")
+    if value is None:
+        return None
+    stamp = Stamp.from_json(value.get("stamp"))  # type: ignore[arg-type]
+    return Ledger(
+        uri,
+        stamp,
+        value["number"],
+        value["purpose"],
+        Manifest.from_json(uri, value["base"]),
+        tuple(value["plan_files"]),
+        np.array(value["unit_rows"], np.int64),
+        np.array(value["unit_ends"], np.int64),
+        value["first_unit"],
+        value["first_shard"],
+        value["shard_units"],
     )
-    if found:
-        lines = [f"  {key}: {_short(there)} there, {_short(now)} now" for key, now, there in found]
-        raise UserError(
-            "\n".join(
-                [
-                    f"{uri}: made with other settings:",
-                    *lines,
-                    "  choose another output, or the settings there",
-                ]
-            )
-        )
 
 
-def read_manifest(uri: str, kind: str | None = None) -> Manifest:
-    """The valid manifest of a table. UserError when there is none, it is not finished, or it is of another kind."""
-    numbers = [name for name in storage.names(storage.join(uri, "manifests")) if name.endswith(".json")]
-    if not numbers:
-        raise UserError(f"{uri}: {_why_no_manifest(uri)}")
-    value = json.loads(storage.read_bytes(storage.join(uri, "manifests", max(numbers))))
-    stamp = Stamp.from_json(value["stamp"])
-    if stamp.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{uri}: schema version {stamp.schema_version} there, {SCHEMA_VERSION} expected: make it anew")
-    if kind is not None and stamp.kind != kind:
-        raise UserError(f"{uri}: expected {kind}, this folder holds {stamp.kind}")
-    files = tuple(File.from_json(file) for file in value["files"])
-    rest = {name: value[name] for name in ("planned", "rejected", "facts")}
-    return Manifest(uri, stamp, files, tuple(value["reject_files"]), **rest)
+def _make_plan(
+    uri: str,
+    number: int,
+    purpose: Purpose,
+    stamp: Stamp,
+    units: Iterable[pa.Table],
+    base: Manifest,
+    *,
+    first_unit: int,
+    first_shard: int,
+    shard_units: int,
+) -> Ledger:
+    files, rows, ends = _write_plan(uri, units, shard_units or PLAN_FILE_UNITS)
+    value = {"number": number, "purpose": purpose, "nonce": uuid.uuid4().hex, "stamp": stamp.to_json()}
+    value |= {"base": base.to_json(), "plan_files": files, "unit_rows": rows, "unit_ends": ends}
+    value |= {"first_unit": first_unit, "first_shard": first_shard, "shard_units": shard_units}
+    storage.put_if_absent(storage.join(uri, f"plans/{number:08d}.json"), json.dumps(value).encode())
+    made = open_ledger(uri)
+    assert made is not None
+    return made
 
 
-def _why_no_manifest(uri: str) -> str:
-    if not storage.exists(uri):
-        return "no such folder"
-    path = storage.join(uri, "plan.json")
-    if not storage.exists(path):
-        return "not a table of clipdist (no plan.json, no manifests)"
-    plan = json.loads(storage.read_bytes(path))
-    if not isinstance(plan, dict) or not {"stamp", "units"} <= plan.keys():
-        return "not a table of clipdist (its plan.json is something else)"
-    done = len(storage.names(storage.join(uri, "commits")))
-    kind, total = plan["stamp"]["kind"], len(plan["units"])
-    return f"these {kind} are not finished ({done} of {total} units): run the job that makes them again"
-
-
-def _write_plan(uri: str, units: Iterable[pa.Table]) -> tuple[list[str], list[int]]:
-    """Plan files of UNITS_PER_PLAN_FILE row groups; memory holds one of them."""
-    nonce = uuid.uuid4().hex[:12]
+def _write_plan(uri: str, units: Iterable[pa.Table], per_file: int) -> tuple[list[str], list[int], list[int]]:
+    """Plan files of `per_file` units; memory holds one of them."""
+    nonce, buffer = uuid.uuid4().hex[:12], io.BytesIO()
     files: list[str] = []
     rows: list[int] = []
-    buffer, writer = io.BytesIO(), None
+    ends: list[int] = []
+
+    def close_file() -> None:
+        files.append(f"plan/{nonce}/{len(files):06d}.arrows")
+        storage.write_atomic(storage.join(uri, files[-1]), buffer.getvalue())
+        buffer.seek(0)
+        buffer.truncate()
+
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
     for table in units:
-        if writer is None:
-            buffer = io.BytesIO()
-            writer = pq.ParquetWriter(buffer, table.schema)
-        writer.write_table(table, row_group_size=max(len(table), 1))
+        with pa.ipc.new_stream(buffer, table.schema, options=options) as writer:
+            writer.write_table(table)
         rows.append(len(table))
-        if len(rows) % UNITS_PER_PLAN_FILE == 0:
-            _close_plan_file(uri, nonce, buffer, writer, files)
-            writer = None
-    if writer is not None:
-        _close_plan_file(uri, nonce, buffer, writer, files)
-    return files, rows
+        ends.append(buffer.tell())
+        if len(rows) % per_file == 0:
+            close_file()
+    if len(rows) % per_file:
+        close_file()
+    return files, rows, ends
 
 
-def _close_plan_file(uri: str, nonce: str, buffer: io.BytesIO, writer: pq.ParquetWriter, files: list[str]) -> None:
-    writer.close()
-    files.append(f"plan/{nonce}/{len(files):06d}.parquet")
-    storage.write_atomic(storage.join(uri, files[-1]), buffer.getvalue())
-
-
-def _parquet(table: pa.Table) -> bytes:
+def parquet(table: pa.Table) -> bytes:
+    """A small table as Parquet."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _short(value: object) -> str:
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 90 else text[:87] + "..."
+def _walk(path: str) -> Iterable[tuple[str, int]]:
+    return storage.walk_files(path) if storage.exists(path) else ()
+
+
+def _number(name: str) -> int:
+    """The number that a file's name begins with."""
+    digits = name.rpartition("/")[2].partition("-")[0].removesuffix(".json")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _some(values: list[str]) -> str:

@@ -18,8 +18,8 @@ from clipdist import checkpoint, collectives, memory, models, outputs, stages, s
 from clipdist.checkpoint import INTERPOLATED, Progress
 from clipdist.interpolate import best_alpha, interpolated
 from clipdist.lanes import DEFAULT_LANES
-from clipdist.ledger import Manifest, read_manifest
 from clipdist.loader import Loader, LocalBatch, Shares
+from clipdist.manifest import Manifest, read_manifest
 from clipdist.models import ModelConfig
 from clipdist.opening import PAIR_COLUMNS, Run, Stage, Worker, open_run, open_stage, prepare_process
 from clipdist.optimizer import state_of

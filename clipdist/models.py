@@ -65,7 +65,7 @@ def locate(name: str) -> ModelPlace:
         return ModelPlace(path, storage.join(path, best))
     if path.endswith(".json") and storage.exists(path):
         return ModelPlace(path, None)
-    if storage.exists(storage.join(path, "plan.json")):
+    if storage.exists(storage.join(path, "plans")):
         raise UserError(f"model.name: {name}: what prepare or embed made; give a training run or a checkpoint")
     if storage.exists(storage.join(path, "stamp.json")):
         raise UserError(f"model.name: {name}: this training run is not finished, or no checkpoint is there")

@@ -15,7 +15,7 @@ from clipdist import checkpoint, collectives, memory, models, outputs, stages, s
 from clipdist.checkpoint import START, Progress, Writer
 from clipdist.config import UserError
 from clipdist.journal import Journal, Report
-from clipdist.ledger import Manifest
+from clipdist.manifest import Manifest
 from clipdist.models import ModelConfig
 from clipdist.optimizer import Learning, carry_state, make_optimizer, set_learning
 from clipdist.outputs import Encoder, row_groups, write_outputs

@@ -25,8 +25,8 @@ from clipdist import collectives, storage
 from clipdist.config import UserError
 from clipdist.journal import Report
 from clipdist.lanes import Indices
-from clipdist.ledger import Manifest
 from clipdist.loader import Decode, Picture, decode_ahead
+from clipdist.manifest import Manifest
 from clipdist.reader import RowGroups
 from clipdist.towers import Towers
 

@@ -18,12 +18,14 @@ import pyarrow.parquet as pq
 import ray.data
 from pydantic import Field, field_validator
 
-from clipdist import images, planning, runtime, storage
+from clipdist import images, planning, storage, units
 from clipdist.config import Section, dump
 from clipdist.images import BadImage
-from clipdist.ledger import File, Ledger, Manifest, begin, read_manifest
+from clipdist.ledger import Ledger
+from clipdist.manifest import File, Manifest
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
+from clipdist.retry import planned_row
 from clipdist.schema import ROW_GROUP_ROWS, Stamp, pairs_schema, recorded
 from clipdist.sources import Source, SourceConfig, open_source
 
@@ -48,6 +50,8 @@ class PrepareConfig(Section):
     """Pixels: a picture with a longer side is re-encoded to this; at least the largest training resolution."""
     max_rejected_fraction: float = Field(0.05, ge=0, le=1)
     """The job fails when a larger share of the rows is rejected."""
+    retry_rejected: bool = False
+    """Try the rows once more that an earlier run rejected; nothing else is done again."""
     unit_rows: int = Field(2048, ge=1, le=100_000)
     """Rows per unit of work: what is committed at once, and at most lost by a kill."""
     max_image_bytes: int = Field(50 << 20, ge=1)
@@ -70,27 +74,29 @@ def run(config: PrepareConfig) -> Manifest:
     source, templates = _open(config)
     output = storage.absolute(config.output)
 
-    def plan() -> tuple[Iterator[pa.Table], dict[str, Any]]:
-        units = planning.not_empty(_plan(config, source, templates), config.source.path)
-        return planning.whole_groups(units, config.columns), {}
+    def plan() -> Iterator[pa.Table]:
+        rows = planning.not_empty(_plan(config, source, templates), config.source.path)
+        return planning.whole_groups(rows, config.columns)
 
-    ledger = begin(output, _stamp(config, source, templates), plan)
-    if storage.names(storage.join(output, "manifests")):
-        return read_manifest(output)
-    runtime.save_config(output, dump(config.model_copy(update={"output": output, "source": source.absolute_config()})))
+    def pipeline(todo: ray.data.Dataset, ledger: Ledger, _: Any) -> ray.data.Dataset:
+        return todo.map(partial(prepare_unit, ledger=ledger, config=config), num_cpus=1)
 
-    def pipeline(units: ray.data.Dataset) -> ray.data.Dataset:
-        return units.map(partial(prepare_unit, ledger=ledger, config=config), num_cpus=1)
-
-    return runtime.run_units(ledger, "prepare", pipeline, config.max_rejected_fraction)
+    return units.make_table(
+        output,
+        _stamp(config, source, templates),
+        plan,
+        units.Work("prepare", pipeline),
+        max_rejected_fraction=config.max_rejected_fraction,
+        retry_rejected=config.retry_rejected,
+        config=dump(config.model_copy(update={"output": output, "source": source.absolute_config()})),
+    )
 
 
 def dry_run(config: PrepareConfig) -> list[tuple[str, str]]:
     """Opens the input and prepares its first rows without writing anything."""
     source, templates = _open(config)
     unit = next(_plan(config, source, templates, rows=16), None)
-    planned = unit.to_pylist() if unit is not None else []
-    pairs, rejects = _prepare_rows(planned, config)
+    pairs, rejects = _prepare_rows(unit, config) if unit is not None else ([], [])
     facts = [("input", f"{source.kind}, {len(source.files)} files"), ("columns", ", ".join(source.columns))]
     facts += [("first rows", f"{len(pairs)} pairs, {len(rejects)} rejects")]
     facts += [("caption", caption) for pair in pairs[:3] for caption in pair["captions"]]
@@ -104,14 +110,14 @@ def derived(config: PrepareConfig) -> list[tuple[str, str]]:
 def prepare_unit(row: dict[str, Any], ledger: Ledger, config: PrepareConfig) -> dict[str, Any]:
     """One unit: read and check its pictures, write a shard per split, commit."""
     unit = int(row["unit"])
-    planned = ledger.rows(unit).to_pylist()
-    pairs, rejects = _prepare_rows(planned, config)
+    plan = ledger.rows(unit)
+    pairs, rejects = _prepare_rows(plan, config)
     tables = {}
     for split in sorted({pair["split"] for pair in pairs}):
         mine = [pair for pair in pairs if pair["split"] == split]
         tables["pairs", split] = _encode(pa.Table.from_pylist(mine, _schema(config)), split)
-    ledger.commit(unit, tables, {"pairs": len(planned)}, rejects)
-    return runtime.unit_report(unit, {"pairs": len(planned)}, rejects)
+    ledger.commit(unit, tables, {"pairs": len(plan)}, rejects)
+    return dict(units.report(unit, {"pairs": len(plan)}, rejects, {}))
 
 
 def _open(config: PrepareConfig) -> tuple[Source, tuple[str, ...]]:
@@ -144,17 +150,22 @@ def _schema(config: PrepareConfig) -> pa.Schema:
     return pairs_schema(planning.kept_fields(config.columns))
 
 
-def _prepare_rows(
-    planned: list[dict[str, Any]], config: PrepareConfig
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _prepare_rows(plan: pa.Table, config: PrepareConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     with ThreadPoolExecutor(READERS_PER_TASK) as pool:
-        results = list(pool.map(lambda row: _prepare_row(row, config), planned))
-    return [pair for pair, _ in results if pair is not None], [reject for _, reject in results if reject is not None]
+        results = list(pool.map(lambda row: _prepare_row(row, config), plan.to_pylist()))
+    preset = plan.column("reason").is_valid().to_pylist()
+    rejects = [
+        reject | {"row": None if preset[index] else planned_row(plan, index)}
+        for index, (_, reject) in enumerate(results)
+        if reject is not None
+    ]
+    return [pair for pair, _ in results if pair is not None], rejects
 
 
 def _prepare_row(row: dict[str, Any], config: PrepareConfig) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The pair, or else its reject."""
     uri = row.pop("image_uri")
+    row.pop("only", None)
     reason, message = row.pop("reason"), row.pop("message")
     try:
         if reason is not None:

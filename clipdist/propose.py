@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from clipdist import storage
 from clipdist.config import UserError
-from clipdist.ledger import Manifest
+from clipdist.manifest import Manifest
 from clipdist.report import table
 from clipdist.vocab import key, pieces, unknown_id
 

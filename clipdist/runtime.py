@@ -1,28 +1,19 @@
-"""Ray as the jobs use it: connecting quietly, and running a ledger's missing units through a Ray Data pipeline."""
+"""Ray as the jobs use it: connecting quietly, what the cluster has, what a worker gets."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 import ray.data
 from ray._private.utils import read_ray_address
 
-from clipdist import lease, storage
+from clipdist import storage
 from clipdist.config import UserError
-from clipdist.ledger import Ledger, Manifest
-from clipdist.progress import Progress
-
-HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
-"""After this many rows a job stops when this share of them was rejected: a wrong folder, missing credentials."""
 
 
 def connect() -> None:
@@ -101,94 +92,6 @@ def scale(workers: int, use_gpu: bool) -> Scale:
 
     most = max(int(node.get("CPU", 0)) for node in nodes)
     return Scale(workers, use_gpu, next((cores for cores in range(most, 1, -1) if places(cores) >= workers), 1))
-
-
-def run_units(
-    ledger: Ledger,
-    name: str,
-    pipeline: Callable[[ray.data.Dataset], ray.data.Dataset],
-    max_rejected_fraction: float,
-    **facts: Any,
-) -> Manifest:
-    """Runs `pipeline` over the units that have no commit yet, judges the rejects, publishes the manifest.
-
-    The pipeline gets rows {"unit": number} and gives `unit_report` rows after each commit. Raises UserError, and
-    publishes nothing, when more than `max_rejected_fraction` of a table's rows are rejected.
-    """
-    with lease.held(ledger.uri):
-        ledger.forget_rejecting_units()  # of an earlier run that was not published: what it rejected may be mended
-        return _run_units(ledger, name, pipeline, max_rejected_fraction, **facts)
-
-
-def _run_units(
-    ledger: Ledger,
-    name: str,
-    pipeline: Callable[[ray.data.Dataset], ray.data.Dataset],
-    max_rejected_fraction: float,
-    **facts: Any,
-) -> Manifest:
-    commits = ledger.commits()
-    done = {commit["unit"] for commit in commits}
-    todo = [unit for unit in range(len(ledger.units)) if unit not in done]
-    tally = Tally(ledger, max_rejected_fraction)
-    for commit in commits:
-        tally.add(commit["planned"], commit["rejected"])
-    total = sum(ledger.units)
-    with Progress(name, total, "rows", done=sum(ledger.units[unit] for unit in done)) as progress:
-        if todo:
-            connect()
-            units = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
-            for report in pipeline(units).iter_rows():
-                tally.add(json.loads(report["planned"]), json.loads(report["rejected"]))
-                progress.advance(ledger.units[report["unit"]], rejected=tally.rejected())
-                tally.stop_if_hopeless()
-    tally.stop_if_hopeless(at_end=True)
-    return ledger.publish(**facts)
-
-
-def unit_report(unit: int, planned: dict[str, int], rejects: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a pipeline's last step tells the driver of one unit."""
-    reasons: dict[str, Counter[str]] = {table: Counter() for table in planned}
-    for reject in rejects:
-        reasons[reject["table"]][reject["reason"]] += 1
-    return {"unit": unit, "planned": json.dumps(planned), "rejected": json.dumps(reasons)}
-
-
-class Tally:
-    """Rows planned and rejected so far, per table and reason."""
-
-    def __init__(self, ledger: Ledger, max_rejected_fraction: float) -> None:
-        self.ledger, self.limit = ledger, max_rejected_fraction
-        self.planned: Counter[str] = Counter()
-        self.reasons: dict[str, Counter[str]] = {}
-
-    def add(self, planned: dict[str, int], rejected: dict[str, dict[str, int]]) -> None:
-        self.planned.update(planned)
-        for table, reasons in rejected.items():
-            self.reasons.setdefault(table, Counter()).update(reasons)
-
-    def rejected(self) -> int:
-        return sum(sum(reasons.values()) for reasons in self.reasons.values())
-
-    def stop_if_hopeless(self, *, at_end: bool = False) -> None:
-        """UserError when the limit is certain to be passed, or nearly everything fails."""
-        for table, rows in self.planned.items():
-            lost = sum(self.reasons.get(table, Counter()).values())
-            whole = rows if at_end else max(rows, sum(self.ledger.units))
-            hopeless = rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows and self.limit < HOPELESS_FRACTION
-            if lost > self.limit * whole or hopeless:
-                raise UserError(self._failure(table, rows, lost))
-
-    def _failure(self, table: str, rows: int, lost: int) -> str:
-        lines = [
-            f"{lost:,} of {rows:,} {table} were rejected ({100 * lost / rows:.1f} %); "
-            f"max_rejected_fraction allows {100 * self.limit:.1f} %. Nothing was published."
-        ]
-        lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons[table].most_common()]
-        lines += ["  for example:"] + [f"    {example}" for example in self.ledger.reject_examples(3)]
-        lines.append("  Mend the pictures and run the same command again (units with rejects are tried anew),")
-        lines.append("  or choose a new output for a changed table, or raise max_rejected_fraction.")
-        return "\n".join(lines)
 
 
 def save_config(uri: str, text: str) -> None:

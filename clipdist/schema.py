@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from clipdist.config import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised by hand whenever a reader of the old layout could not read the new one."""
 
 ROW_GROUP_ROWS = 256
@@ -43,8 +43,10 @@ REJECTS = pa.schema(
         pa.field("uri", pa.string()),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("message", pa.string()),
+        pa.field("row", pa.binary()),
     ]
 )
+"""`row`: the planned row as an Arrow stream, where trying again may help (`retry.planned_row`)."""
 
 
 def pairs_schema(passthrough: Sequence[pa.Field]) -> pa.Schema:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from clipdist import storage
 from clipdist.config import UserError
-from clipdist.ledger import read_manifest
+from clipdist.manifest import read_manifest
 from clipdist.schema import Stamp
 from clipdist.shards import Shards, row_of_id
 from clipdist.topk import top_k

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from clipdist import images, models, storage
 from clipdist.config import UserError, differences
 from clipdist.images import BadImage
-from clipdist.ledger import read_manifest
+from clipdist.manifest import read_manifest
 from clipdist.models import ModelConfig
 from clipdist.pictures import read_picture
 from clipdist.search import Index

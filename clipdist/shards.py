@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from clipdist import storage
 from clipdist.config import UserError
-from clipdist.ledger import File, Manifest
+from clipdist.manifest import File, Manifest
 
 VECTOR = "embedding.list.element"
 

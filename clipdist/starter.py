@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clipdist import images, models, storage
 from clipdist.config import UserError
-from clipdist.ledger import read_manifest
+from clipdist.manifest import read_manifest
 from clipdist.models import ModelConfig
 from clipdist.outputs import row_groups
 from clipdist.reader import RowGroups

@@ -19,8 +19,8 @@ from clipdist.checkpoint import INTERPOLATED
 from clipdist.config import UserError, about, dump, together
 from clipdist.history import History
 from clipdist.lanes import DEFAULT_LANES
-from clipdist.ledger import Manifest, read_manifest, refuse_other_stamp
 from clipdist.loader import Loader, Shares
+from clipdist.manifest import Manifest, read_manifest, refuse_other_stamp
 from clipdist.opening import PAIR_COLUMNS
 from clipdist.optimizer import make_optimizer, set_learning
 from clipdist.outputs import row_groups

@@ -24,8 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from clipdist import collectives, runtime
 from clipdist.config import UserError
 from clipdist.history import History
-from clipdist.ledger import Manifest
 from clipdist.loop import run_stages
+from clipdist.manifest import Manifest
 from clipdist.opening import Worker
 from clipdist.recipe import TrainConfig
 

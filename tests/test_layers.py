@@ -12,7 +12,9 @@ LIGHT = [
     "progress",
     "storage",
     "schema",
+    "manifest",
     "ledger",
+    "retry",
     "lease",
     "journal",
     "topk",
@@ -22,6 +24,7 @@ LIGHT = [
     "shards",
     "search",
     "report",
+    "throughput",
     "plots",
     "gallery",
     "info",
@@ -53,6 +56,8 @@ LEARN = [
     "step",
     "checkpoint",
     "outputs",
+    "catalog",
+    "encoding",
     "validation",
     "opening",
     "loop",
@@ -60,7 +65,7 @@ LEARN = [
     "starter",
     "searcher",
 ]
-RAY = ["runtime", "prepare", "embed", "workers", "train", "evaluate", "find"]
+RAY = ["runtime", "units", "prepare", "embed", "workers", "train", "evaluate", "find"]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from clipdist import checkpoint, models, opening
-from clipdist.ledger import File, Manifest
 from clipdist.loop import run_stages
+from clipdist.manifest import File, Manifest
 from clipdist.models import ModelConfig
 from clipdist.opening import Worker
 from clipdist.recipe import TrainConfig

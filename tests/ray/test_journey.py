@@ -19,7 +19,7 @@ from clipdist import checkpoint, embed, evaluate, models, prepare, storage, trai
 from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.evaluate import EvaluateConfig
-from clipdist.ledger import read_manifest
+from clipdist.manifest import read_manifest
 from clipdist.prepare import PrepareConfig
 from clipdist.recipe import TrainConfig
 from clipdist.search import Index

@@ -8,7 +8,7 @@ import pytest
 from clipdist import embed, prepare, storage, train
 from clipdist.config import UserError
 from clipdist.embed import EmbedConfig
-from clipdist.ledger import read_manifest
+from clipdist.manifest import read_manifest
 from clipdist.searcher import Searcher
 from tests.conftest import write_shapes
 from tests.ray.test_journey import STAGES, config, prepare_config, train_config

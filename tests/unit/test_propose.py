@@ -10,7 +10,8 @@ import pytest
 
 from clipdist import propose
 from clipdist.cli import main
-from clipdist.ledger import File, Manifest, begin, read_manifest
+from clipdist.ledger import begin
+from clipdist.manifest import File, Manifest, read_manifest
 from clipdist.schema import Stamp, pairs_schema
 from clipdist.vocab import VocabularyConfig
 from tests.unit import zoo

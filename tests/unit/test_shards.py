@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from clipdist import storage
 from clipdist.config import UserError
-from clipdist.ledger import begin, read_manifest
+from clipdist.ledger import begin
+from clipdist.manifest import read_manifest
 from clipdist.schema import Stamp, embeddings_schema
 from clipdist.search import Index
 from clipdist.shards import Shards, encode_shard, row_of_id

@@ -1,0 +1,318 @@
+"""A ledger's missing units through Ray Data: the job that runs at 3 am, may die at any step, and is run again.
+
+    missing units -> pipeline (read, work, commit: Ray tasks and actors) -> join full shards -> judge rejects -> publish
+
+Ray runs a task again for ever when its process dies. So processes say what they begin (`Watch`); a unit that was begun
+too often passes through the pipeline untouched, and is rescued alone at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from clipdist import lease, runtime
+from clipdist.config import UserError
+from clipdist.ledger import Join, Ledger, begin, open_ledger
+from clipdist.manifest import Manifest, refuse_other_stamp
+from clipdist.progress import Progress
+from clipdist.retry import retry_plan
+from clipdist.schema import Stamp
+from clipdist.throughput import Throughput
+
+HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
+"""After this many rows a job stops when this share of them was rejected: a wrong folder, missing credentials."""
+ATTEMPTS = 2
+"""How often a process may die over a unit before it is taken out of the pipeline."""
+HOPELESS_SUSPECTS = 3
+"""When this many units have killed their processes and none was finished, it is not the rows."""
+WAVE_UNITS = 16_384
+"""Units per run of Ray Data: its driver keeps some kilobytes of each."""
+JOINS_AT_ONCE = 2
+
+Pipeline = Callable[[ray.data.Dataset, Ledger, Any], ray.data.Dataset]
+Rescue = Callable[[Ledger, int], dict[str, Any]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does with units. `pipeline`: rows {"unit": number} -> `report` rows after each commit, or `suspect`
+    rows for those that `Watch.begin` refuses. `join`: pieces -> shard. `rescue`: commits one unit that killed its
+    process, row by row if need be."""
+
+    name: str
+    pipeline: Pipeline
+    join: Join | None = None
+    rescue: Rescue | None = None
+
+
+def make_table(
+    uri: str,
+    stamp: Stamp,
+    plan: Callable[[], Iterable[pa.Table]],
+    work: Work,
+    *,
+    max_rejected_fraction: float,
+    retry_rejected: bool,
+    config: str,
+    shard_units: int = 0,
+) -> Manifest:
+    """Makes the table at `uri`, or goes on with it, or finds it finished; with `retry_rejected`, then tries its rejects
+    once more. `config` reruns the job and is kept beside the table.
+
+    Raises UserError, and publishes nothing, when more than `max_rejected_fraction` of a table's rows are rejected."""
+    there = open_ledger(uri)
+    if there is not None:
+        refuse_other_stamp(uri, stamp, there.stamp)
+        if (manifest := there.finished()) is not None and not retry_rejected:
+            return manifest
+    with lease.held(uri) as held:
+        ledger = begin(uri, stamp, plan, shard_units=shard_units)
+        runtime.save_config(uri, config)
+        manifest = ledger.finished()
+        if manifest is None:
+            run_units(ledger, work, max_rejected_fraction if not retry_rejected else 1.0)
+        if retry_rejected and (manifest is not None or ledger.purpose != "retry"):
+            again = retry_plan(ledger)
+            if again is not None:
+                ledger, manifest = again, None
+                run_units(ledger, work, max_rejected_fraction)
+        if manifest is not None:
+            return manifest
+        Tally(ledger, max_rejected_fraction).judge()
+        held.check()
+        return ledger.publish()
+
+
+def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
+    """Commits the missing units of the ledger, and joins its full shards. UserError as soon as it is hopeless."""
+    todo = ledger.missing()
+    tally = Tally(ledger, max_rejected_fraction)
+    joiner = Joiner(ledger, work.join, set(todo))
+    total, left = int(ledger.unit_rows.sum()), sum(ledger.rows_of(unit) for unit in todo)
+    with Progress(work.name, total, "rows", done=total - left) as progress:
+        if todo or joiner.ready:
+            runtime.connect()
+        watch = Watch.remote() if todo else None  # type: ignore[attr-defined]
+        speed = Throughput()
+        metrics = Metrics(work.name) if todo else None
+        suspects: list[int] = []
+
+        def take(report: dict[str, Any]) -> None:
+            unit, facts = int(report["unit"]), json.loads(report["facts"])
+            speed.add(facts)
+            tally.add(json.loads(report["planned"]), json.loads(report["rejected"]))
+            progress.advance(ledger.rows_of(unit), rejected=tally.rejected(), **speed.shown())
+            if metrics is not None:
+                metrics.add(ledger.rows_of(unit), json.loads(report["rejected"]), facts, progress.rate())
+            tally.stop_if_hopeless()
+            joiner.committed(unit)
+
+        for start in range(0, len(todo), WAVE_UNITS):
+            wave = todo[start : start + WAVE_UNITS]
+            units = ray.data.from_items([{"unit": unit} for unit in wave], override_num_blocks=len(wave))
+            for report in work.pipeline(units, ledger, watch).iter_rows():
+                watch.forget.remote(int(report["unit"]))  # type: ignore[union-attr]
+                if report["planned"]:
+                    take(report)
+                else:
+                    suspects.append(int(report["unit"]))
+                    _stop_if_nothing_lives(ledger, suspects, speed)
+        for unit in suspects:
+            assert work.rescue is not None
+            progress.note(f"unit {unit} killed its process {ATTEMPTS} times; trying its rows apart", unit=unit)
+            take(work.rescue(ledger, unit))
+        joiner.finish()
+        if speed.rows and work.name == "embed":
+            progress.note(speed.table(), **speed.summary())
+
+
+@ray.remote(num_cpus=0)
+class Watch:
+    """Hears from every process which unit it begins, before it does."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[tuple[int, str]] = Counter()
+
+    def begin(self, unit: int, stage: str) -> bool:
+        """Whether to do it: False when as many processes died over it as may."""
+        self.begun[unit, stage] += 1
+        return self.begun[unit, stage] <= ATTEMPTS
+
+    def forget(self, unit: int) -> None:
+        for key in [key for key in self.begun if key[0] == unit]:
+            del self.begun[key]
+
+
+def may_begin(watch: Any, unit: int, stage: str) -> bool:
+    return bool(ray.get(watch.begin.remote(unit, stage)))
+
+
+def report(unit: int, planned: dict[str, int], rejects: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any:
+    """What a pipeline's last step tells the driver of one unit."""
+    reasons: dict[str, Counter[str]] = {table: Counter() for table in planned}
+    for reject in rejects:
+        reasons[reject["table"]][reject["reason"]] += 1
+    texts = {"planned": planned, "rejected": reasons, "facts": facts}
+    return {"unit": unit} | {name: json.dumps(value) for name, value in texts.items()}
+
+
+def suspect(unit: int) -> dict[str, Any]:
+    """The report of a unit that was not done, because it killed its process too often."""
+    return {"unit": unit, "planned": "", "rejected": "", "facts": ""}
+
+
+def halved(
+    rows: Sequence[int], attempt: Callable[[Sequence[int]], T | None]
+) -> Iterator[tuple[Sequence[int], T | None]]:
+    """(rows, result) of parts of `rows`, in order; the result is None for a single row that does not survive.
+
+    `attempt` gives None when its process died. A part that dies is halved; a single row gets a second attempt."""
+    found = attempt(rows)
+    if found is None and len(rows) == 1:
+        found = attempt(rows)
+    if found is not None or len(rows) == 1:
+        yield rows, found
+        return
+    middle = len(rows) // 2
+    yield from halved(rows[:middle], attempt)
+    yield from halved(rows[middle:], attempt)
+
+
+class Joiner:
+    """Joins each shard as soon as all its units are committed, in Ray tasks beside the pipeline."""
+
+    def __init__(self, ledger: Ledger, join: Join | None, todo: set[int]) -> None:
+        self.ledger, self.join = ledger, join if ledger.shard_units else None
+        self.left: Counter[int] = Counter()
+        self.ready: list[int] = []
+        self.running: list[Any] = []
+        if self.join is not None:
+            closed = ledger.closed()
+            for shard in (shard for shard in ledger.shards if shard not in closed):
+                self.left[shard] = sum(unit in todo for unit in ledger.units_of(shard))
+                if not self.left[shard]:
+                    self.ready.append(shard)
+
+    def committed(self, unit: int) -> None:
+        if self.join is None:
+            return
+        shard = self.ledger.shard_of(unit)
+        self.left[shard] -= 1
+        if not self.left[shard]:
+            self.ready.append(shard)
+        self._start()
+
+    def finish(self) -> None:
+        while self.ready or self.running:
+            self._start()
+            self._wait()
+
+    def _start(self) -> None:
+        while self.ready:
+            if len(self.running) >= JOINS_AT_ONCE:
+                self._wait()
+            shard = self.ready.pop(0)
+            self.running.append(_join.remote(self.ledger, shard, self.join))
+
+    def _wait(self) -> None:
+        done, self.running = ray.wait(self.running, num_returns=1)
+        ray.get(done)
+
+
+@ray.remote(num_cpus=0)  # beside the pipeline, which takes all cores
+def _join(ledger: Ledger, shard: int, join: Join) -> None:
+    ledger.join(shard, join)
+
+
+class Metrics:
+    """What Ray exports to Prometheus while a job runs."""
+
+    def __init__(self, job: str) -> None:
+        from ray.util.metrics import Counter as Total
+        from ray.util.metrics import Gauge
+
+        self.job = {"job": job}
+        self.rows = Total("clipdist_rows", "rows committed", ("job",))
+        self.rejected = Total("clipdist_rejected_rows", "rows rejected", ("job", "table", "reason"))
+        self.bytes = Total("clipdist_read_bytes", "bytes of pictures read", ("job",))
+        self.seconds = Total("clipdist_stage_seconds", "seconds of work per stage", ("job", "stage"))
+        self.rate = Gauge("clipdist_rows_per_second", "rows per second since the start", ("job",))
+
+    def add(self, rows: int, rejected: dict[str, dict[str, int]], facts: dict[str, Any], rate: float) -> None:
+        self.rows.inc(rows, self.job)
+        self.rate.set(rate, self.job)
+        if facts.get("bytes"):
+            self.bytes.inc(facts["bytes"], self.job)
+        for stage, seconds in facts.get("seconds", {}).items():
+            if seconds > 0:
+                self.seconds.inc(seconds, self.job | {"stage": stage})
+        for table, reasons in rejected.items():
+            for reason, count in reasons.items():
+                self.rejected.inc(count, self.job | {"table": table, "reason": reason})
+
+
+class Tally:
+    """Rows planned and rejected so far, per table and reason: of this plan, and of the state that it adds to."""
+
+    def __init__(self, ledger: Ledger, max_rejected_fraction: float) -> None:
+        self.ledger, self.limit = ledger, max_rejected_fraction
+        self.planned: Counter[str] = Counter()
+        self.reasons: dict[str, Counter[str]] = {}
+        for record in ledger.records():
+            self.add(record["planned"], record["rejected"])
+
+    def add(self, planned: dict[str, int], rejected: dict[str, dict[str, int]]) -> None:
+        self.planned.update(planned)
+        for table, reasons in rejected.items():
+            self.reasons.setdefault(table, Counter()).update(reasons)
+
+    def rejected(self) -> int:
+        return sum(sum(reasons.values()) for reasons in self.reasons.values())
+
+    def stop_if_hopeless(self) -> None:
+        """UserError when the limit is certain to be passed, or nearly everything fails."""
+        for table, rows in self.planned.items():
+            lost = sum(self.reasons.get(table, Counter()).values())
+            hopeless = rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows and self.limit < HOPELESS_FRACTION
+            if hopeless or self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
+                raise UserError(self._failure(table, rows, lost))
+
+    def judge(self) -> None:
+        """UserError when more than the limit was rejected in the end."""
+        for table, rows in self.planned.items():
+            if self._too_many(table, rows):
+                raise UserError(self._failure(table, rows, sum(self.reasons[table].values())))
+
+    def _too_many(self, table: str, rows: int) -> bool:
+        base = self.ledger.base
+        lost = sum(self.reasons.get(table, Counter()).values()) + sum(base.rejected.get(table, {}).values())
+        return lost > self.limit * (rows + base.planned.get(table, 0))
+
+    def _failure(self, table: str, rows: int, lost: int) -> str:
+        lines = [
+            f"{lost:,} of {rows:,} {table} were rejected ({100 * lost / max(rows, 1):.1f} %); "
+            f"max_rejected_fraction allows {100 * self.limit:.1f} %. Nothing was published."
+        ]
+        lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons[table].most_common()]
+        lines += ["  for example:"] + [f"    {example}" for example in self.ledger.reject_examples(3)]
+        lines.append("  Mend the pictures and run the same command with retry_rejected=true (only these rows are tried")
+        lines.append("  again), or choose a new output for a changed table, or raise max_rejected_fraction.")
+        return "\n".join(lines)
+
+
+def _stop_if_nothing_lives(ledger: Ledger, suspects: Sequence[int], speed: Throughput) -> None:
+    if len(suspects) >= HOPELESS_SUSPECTS and not speed.rows:
+        raise UserError(
+            f"{ledger.uri}: the processes that worked on the first {len(suspects)} units all died, {ATTEMPTS} times "
+            "each, and none was finished: most likely there is too little memory. Try a smaller batch_rows or "
+            "unit_rows, fewer encoders, or larger machines"
+        )
