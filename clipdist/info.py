@@ -7,6 +7,7 @@ from typing import Any
 
 from clipdist import storage
 from clipdist.config import UserError
+from clipdist.deletes import deleted_counts
 from clipdist.ledger import Manifest, read_manifest
 from clipdist.report import file_size, number, table
 from clipdist.schema import Stamp
@@ -61,7 +62,8 @@ def _describe_table(uri: str) -> dict[str, Any]:
         if "stamp" not in plan:
             raise
         return {"kind": Stamp.from_json(plan["stamp"]).kind, "path": uri, "state": str(error).removeprefix(f"{uri}: ")}
-    rows = {name: manifest.written(name) for name in manifest.planned}
+    deleted = deleted_counts(manifest)
+    rows = {name: manifest.written(name) - deleted.get(name, 0) for name in manifest.planned}
     splits: dict[str, int] = {}
     for file in manifest.files:
         if file.split is not None:
@@ -73,6 +75,7 @@ def _describe_table(uri: str) -> dict[str, Any]:
         "rows": rows,
         "planned": manifest.planned,
     }
+    facts |= {"deleted": deleted} if deleted else {}
     facts |= {"splits": splits} if splits else {}
     facts |= {"files": len(manifest.files), "bytes": sum(file.file_bytes for file in manifest.files)}
     return facts | {"stamp": manifest.stamp.to_json(), "rejected": manifest.rejected}

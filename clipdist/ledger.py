@@ -48,7 +48,10 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished table. Counts are per table: planned == written + the sum of rejected."""
+    """A finished table. Counts are per table: planned == written + the sum of rejected.
+
+    `delete_files` name rows of `files` that are no longer to be found (see `deletes`); `written` still counts them.
+    """
 
     uri: str
     stamp: Stamp
@@ -57,6 +60,7 @@ class Manifest:
     planned: dict[str, int]
     rejected: dict[str, dict[str, int]]
     facts: dict[str, Any]
+    delete_files: tuple[str, ...] = ()
 
     def written(self, table: str) -> int:
         return sum(file.rows for file in self.files if file.table == table)
@@ -223,7 +227,8 @@ def read_manifest(uri: str, kind: str | None = None) -> Manifest:
         raise UserError(f"{uri}: expected {kind}, this folder holds {stamp.kind}")
     files = tuple(File.from_json(file) for file in value["files"])
     rest = {name: value[name] for name in ("planned", "rejected", "facts")}
-    return Manifest(uri, stamp, files, tuple(value["reject_files"]), **rest)
+    deletes = tuple(value.get("delete_files", ()))  # a manifest of before rows could be deleted has none
+    return Manifest(uri, stamp, files, tuple(value["reject_files"]), **rest, delete_files=deletes)
 
 
 def _why_no_manifest(uri: str) -> str:

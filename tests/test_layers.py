@@ -19,6 +19,7 @@ LIGHT = [
     "metrics",
     "ranks",
     "retrieval",
+    "deletes",
     "shards",
     "search",
     "report",
