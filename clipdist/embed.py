@@ -30,8 +30,8 @@ from clipdist.models import ModelConfig
 from clipdist.outputs import ENCODE_ROWS
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
-from clipdist.schema import Stamp, embeddings_schema, recorded
-from clipdist.shards import encode_shard
+from clipdist.schema import Stamp, embeddings_schema, recorded, stored_dtype
+from clipdist.shards import Shards, encode_shard
 from clipdist.sources import SourceConfig, open_source
 from clipdist.towers import Towers
 
@@ -154,10 +154,10 @@ def derived(config: EmbedConfig) -> list[tuple[str, str]]:
 def summary(manifest: Manifest) -> list[tuple[str, str]]:
     """What came out, for the end of the job and for `clipdist info`."""
     identity = manifest.stamp.identity
-    counts = [(table, f"{manifest.written(table):,} vectors") for table in manifest.planned]
+    counts = [(table, f"{len(Shards(manifest, table)):,} vectors") for table in manifest.planned]
     return [
         *counts,
-        ("dimensions", f"{identity['dim']} x float16"),
+        ("dimensions", f"{identity['dim']} x {stored_dtype(manifest.stamp)}"),
         ("model", manifest.stamp.recorded.get("model", "?")),
     ]
 
@@ -251,7 +251,7 @@ def write_unit(row: dict[str, Any], ledger: Ledger, config: EmbedConfig) -> dict
         rejects += [record for record in records if "reason" in record]
         planned[table] = len(records)
         if good:
-            tables[table, None] = encode_shard(_vector_table(table, good, row[table], kept), table)
+            tables[table, None] = encode_shard(_vector_table(table, good, row[table], kept), table, ledger.stamp)
     ledger.commit(unit, tables, planned, rejects)
     return runtime.unit_report(unit, planned, rejects)
 
