@@ -21,6 +21,7 @@ LIGHT = [
     "retrieval",
     "deletes",
     "shards",
+    "joining",
     "search",
     "report",
     "plots",
