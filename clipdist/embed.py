@@ -34,11 +34,12 @@ from clipdist.encoding import (
     to_bytes,
 )
 from clipdist.images import Preprocess
+from clipdist.joining import join_shards
 from clipdist.ledger import Ledger
 from clipdist.manifest import File, Manifest
 from clipdist.retry import planned_row
-from clipdist.schema import embeddings_schema
-from clipdist.shards import encode_shard, join_shards
+from clipdist.schema import Dtype, embeddings_schema, stored_dtype
+from clipdist.shards import encode_shard
 
 UNITS_PER_ENCODER = 4
 INIT_DEATHS = 3
@@ -109,7 +110,7 @@ def summary(manifest: Manifest) -> list[tuple[str, str]]:
     counts = [(table, f"{manifest.written(table):,} vectors") for table in manifest.planned]
     return [
         *counts,
-        ("dimensions", f"{identity['dim']} x {identity['dtype']}"),
+        ("dimensions", f"{identity['dim']} x {stored_dtype(manifest.stamp)}"),
         ("model", manifest.stamp.recorded.get("model", "?")),
     ]
 
@@ -190,7 +191,9 @@ def write_unit(row: dict[str, Any], ledger: Ledger, config: EmbedConfig, cores: 
             rejects.append(record | {"row": planned_row(plan, index) if again else None})
         planned[table] = len(records)
         if good:
-            tables[table, None] = encode_shard(_vector_table(table, good, row[table], kept), table, ledger.stamp)
+            tables[table, None] = encode_shard(
+                _vector_table(table, good, row[table], kept, config.dtype), table, ledger.stamp
+            )
     ledger.commit(unit, tables, planned, rejects)
     facts.setdefault("seconds", {})["write"] = time.monotonic() - started
     facts.setdefault("slots", {})["write"] = cores
@@ -219,11 +222,13 @@ def _records(
                 yield {"id": f"{row['id']}#{number}", "pair_id": row["id"], "caption": caption, **common}
 
 
-def _vector_table(table: str, records: list[dict[str, Any]], vectors: np.ndarray, kept: list[pa.Field]) -> pa.Table:
+def _vector_table(
+    table: str, records: list[dict[str, Any]], vectors: np.ndarray, kept: list[pa.Field], dtype: Dtype
+) -> pa.Table:
     vectors = np.ascontiguousarray(vectors)
     if len(vectors) != len(records):
         raise RuntimeError(f"{len(records)} {table} to write, but {len(vectors)} vectors")
-    schema = embeddings_schema(table, vectors.shape[1], kept, str(vectors.dtype))
+    schema = embeddings_schema(table, vectors.shape[1], kept, dtype)
     flat = pa.array(vectors.reshape(-1))
     columns = {
         name: pa.array([r[name] for r in records], schema.field(name).type)
@@ -284,12 +289,11 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
     options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
     actors: list[Any] = []
 
-    def attempt(part: Sequence[int]) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]] | None:
+    def attempt(part: Sequence[int]) -> Any:
         if not actors:
             actors.append(ray.remote(_Rescuer).options(**options).remote(config, preprocess))
         try:
-            found: Any = ray.get(actors[0].attempt.remote(to_bytes(plan.slice(part[0], len(part)))))
-            return found
+            return ray.get(actors[0].attempt.remote(to_bytes(plan.slice(part[0], len(part)))))
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
             actors.clear()
             return None

@@ -71,6 +71,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "embeddings": manifest.stamp.identity,
         **config.model_dump(mode="json", exclude={"embeddings", "output"}),
     }
+    if manifest.delete_files:  # the same model and input, but other rows to be found
+        identity["delete_files"] = list(manifest.delete_files)
     stamp = Stamp("metrics", identity, recorded(embeddings=manifest.uri))
     path = storage.join(output, "metrics.json")
     if storage.exists(path):
@@ -103,7 +105,7 @@ def derived(config: EvaluateConfig) -> list[tuple[str, str]]:
 def read_measured(config: EvaluateConfig) -> Measured:
     """The rows of the split. UserError when a tower or the split is missing."""
     manifest = read_manifest(storage.absolute(config.embeddings), "embeddings")
-    if missing := [name for name in ("images", "texts") if not manifest.written(name)]:
+    if missing := [name for name in ("images", "texts") if not len(Shards(manifest, name))]:
         raise UserError(f"{config.embeddings}: has no {' and no '.join(missing)}; embed both towers to evaluate")
     found = {}
     for name, columns in {

@@ -71,6 +71,8 @@ def _describe_table(uri: str) -> dict[str, Any]:
         "rows": rows,
         "planned": manifest.planned,
     }
+    deleted = {name: rows for name, rows in manifest.deleted.items() if rows}
+    facts |= {"deleted": deleted} if deleted else {}
     facts |= {"splits": splits} if splits else {}
     facts |= {"files": len(manifest.files), "bytes": sum(file.file_bytes for file in manifest.files)}
     return facts | {"stamp": manifest.stamp.to_json(), "rejected": manifest.rejected}

@@ -230,7 +230,7 @@ class Ledger:
         reasons: dict[str, Counter[str]] = {table: Counter() for table in planned}
         for reject in rejects:
             reasons[reject["table"]][reject["reason"]] += 1
-        record = {"nonce": nonce, "files": [asdict(file) for file in files], "planned": dict(planned)}
+        record: dict[str, Any] = {"nonce": nonce, "files": [asdict(file) for file in files], "planned": dict(planned)}
         record |= {"rejected": reasons, "reject_file": reject_file if rejects else None}
         if storage.put_if_absent(self._path(name), json.dumps(record).encode()):
             return True
@@ -252,9 +252,9 @@ class Ledger:
         for folder, end in ends.items():
             there = [path.removeprefix(f"{self.uri}/") for path, _ in _walk(self._path(folder))]
             self._remove([name for name in there if name not in keep and _number(name) < end])
-        ours = {path.split("/")[1] for path in self.plan_files}
+        planned = {path.split("/")[1] for path in self.plan_files}
         for name in storage.names(self._path("plan")):
-            if name not in ours:
+            if name not in planned:
                 storage.remove_tree(self._path(f"plan/{name}"))
         for name in storage.names(self._path("manifests")):
             if _number(name) < manifest.number - 1:
@@ -325,7 +325,7 @@ def _make_plan(
     shard_units: int,
 ) -> Ledger:
     files, rows, ends = _write_plan(uri, units, shard_units or PLAN_FILE_UNITS)
-    value = {"number": number, "purpose": purpose, "nonce": uuid.uuid4().hex, "stamp": stamp.to_json()}
+    value: dict[str, Any] = {"number": number, "purpose": purpose, "nonce": uuid.uuid4().hex, "stamp": stamp.to_json()}
     value |= {"base": base.to_json(), "plan_files": files, "unit_rows": rows, "unit_ends": ends}
     value |= {"first_unit": first_unit, "first_shard": first_shard, "shard_units": shard_units}
     storage.put_if_absent(storage.join(uri, f"plans/{number:08d}.json"), json.dumps(value).encode())

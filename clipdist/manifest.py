@@ -74,7 +74,7 @@ class Manifest:
             raise UserError(
                 f"{uri}: schema version {stamp.schema_version} there, {SCHEMA_VERSION} expected: make it anew"
             )
-        own = {name: tuple(value[name]) for name in ("reject_files", "delete_files")}
+        own: dict[str, Any] = {name: tuple(value[name]) for name in ("reject_files", "delete_files")}
         own |= {name: value[name] for name in ("planned", "rejected", "deleted", "number", "plan")}
         return Manifest(uri, stamp, tuple(File.from_json(file) for file in value["files"]), **own)
 

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -19,6 +19,7 @@ ROW_GROUP_ROWS = 256
 """Rows per row group of a pairs shard: what one random read of the trainer fetches."""
 
 Kind = Literal["pairs", "embeddings", "checkpoint", "metrics"]
+Dtype = Literal["float16", "float32"]
 
 RESERVED = (
     "id",
@@ -63,14 +64,17 @@ def pairs_schema(passthrough: Sequence[pa.Field]) -> pa.Schema:
     )
 
 
-def embeddings_schema(table: str, dim: int, passthrough: Sequence[pa.Field]) -> pa.Schema:
+def vector_type(dim: int, dtype: Dtype) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.type_for_alias(dtype), nullable=False), dim)
+
+
+def embeddings_schema(table: str, dim: int, passthrough: Sequence[pa.Field], dtype: Dtype = "float16") -> pa.Schema:
     """One row per picture (`images`) or per caption (`texts`, id `<pair id>#<n>`); embeddings are L2-normalised."""
-    vector = pa.list_(pa.field("element", pa.float16(), nullable=False), dim)
     own = [pa.field("pair_id", pa.string(), nullable=False)] if table == "texts" else []
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
-            pa.field("embedding", vector, nullable=False),
+            pa.field("embedding", vector_type(dim, dtype), nullable=False),
             *own,
             pa.field("caption", pa.string()),
             pa.field("image_uri", pa.string()),
@@ -99,6 +103,14 @@ class Stamp:
             return Stamp(value["kind"], value["identity"], value.get("recorded", {}), value["schema_version"])
         except (KeyError, TypeError, AttributeError):
             raise UserError("the stamp found there is not one of clipdist") from None
+
+
+def stored_dtype(stamp: Stamp) -> Dtype:
+    """How embeddings are stored. Tables made before there was a choice do not say, and are float16."""
+    dtype: Dtype = stamp.identity.get("dtype", "float16")
+    if dtype not in get_args(Dtype):
+        raise UserError(f"embeddings stored as {dtype}; expected {' or '.join(get_args(Dtype))}")
+    return dtype
 
 
 def recorded(**facts: Any) -> dict[str, Any]:

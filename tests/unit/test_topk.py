@@ -1,5 +1,6 @@
 """Exact top-k: equal to its brute-force definition whatever the blocks, the layout and the near-ties."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -84,7 +85,15 @@ def last_bit_rows(n: int, dim: int, seed: int) -> Array:
     return rows
 
 
-MAKERS: list[Callable[[int, int, int], Array]] = [random_rows, clustered_rows, last_bit_rows]
+def last_bit_singles(n: int, dim: int, seed: int) -> Array:
+    """The same in float32, where one unit in the last place is below what a float32 product can tell."""
+    rng = np.random.default_rng(seed)
+    rows = np.repeat(random_rows(1, dim, seed), n, axis=0)
+    rows.view(np.uint32)[np.arange(n), rng.integers(dim, size=n)] += rng.integers(3, size=n).astype(np.uint32)
+    return rows
+
+
+MAKERS: list[Callable[[int, int, int], Array]] = [random_rows, clustered_rows, last_bit_rows, last_bit_singles]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -96,14 +105,40 @@ def test_equals_the_definition(make: Callable[[int, int, int], Array], dim: int,
     assert_same(top_k([(0, rows)], queries, k, shuffled_ids), brute_force(rows, queries, k))
 
 
-def test_float32_alone_is_not_exact_on_this_data() -> None:
+@pytest.mark.parametrize("make", [last_bit_rows, last_bit_singles])
+def test_float32_alone_is_not_exact_on_this_data(make: Callable[[int, int, int], Array]) -> None:
     """Control: without the second pass the near-ties come out wrong, so the test above can fail."""
-    rows = last_bit_rows(600, 512, 1)
+    rows = make(600, 512, 1)
     queries = random_rows(5, 512, 2) + rows[:1].astype(np.float32)
     scores = queries @ rows.astype(np.float32).T
     rank = np.argsort(np.array(shuffled_ids(np.arange(600)))).argsort()
     float32_only = np.stack([np.lexsort((rank, -row))[:10] for row in scores])
     assert (float32_only != brute_force(rows, queries, 10).rows).any()
+
+
+def test_float32_rows_are_ranked_by_their_true_products() -> None:
+    """Against exactly rounded sums of exact float64 products, which share no code with `exact_scores`; and the
+    control: rounded to float16, as if they were stored so, the rows give another answer."""
+    rows = last_bit_singles(400, 64, 3)
+    query = random_rows(1, 64, 4) + rows[:1]
+    true = [math.fsum((row.astype(np.float64) * query[0].astype(np.float64)).tolist()) for row in rows]
+    found = top_k([(0, rows)], query, 400, shuffled_ids)
+    in_order = [true[row] for row in found.rows[0]]
+    assert all(a >= b - 1e-15 for a, b in pairwise(in_order))
+    np.testing.assert_allclose(found.scores[0], in_order, rtol=0, atol=1e-15)
+    assert max(true) - min(true) > 1e-9, "the rows must differ by far more than float64 rounds"
+    rounded = top_k([(0, rows.astype(np.float16))], query, 400, shuffled_ids)
+    assert (rounded.rows != found.rows).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_matrix_at_any_byte_of_a_file(dtype: type) -> None:
+    """Raw pages start where they start: numpy's unaligned arrays give the same answer."""
+    rows = last_bit_singles(600, 48, 5).astype(dtype)
+    raw = np.frombuffer(b"x" + rows.tobytes(), dtype=np.uint8)[1:].view(dtype).reshape(rows.shape)
+    assert not raw.flags.aligned
+    queries = random_rows(3, 48, 6) + rows[:1].astype(np.float32)
+    assert_same(top_k(blocks_of(raw, [100, 7]), queries, 9, shuffled_ids), brute_force(rows, queries, 9))
 
 
 @pytest.mark.parametrize("sizes", [[1] * 299, [7] * 40, [299], [0, 150, 0, 100], [100, 3, 90]])
