@@ -59,11 +59,13 @@ _WARNINGS_LOCK = threading.Lock()
 
 
 class BadImage(Exception):
-    """Bytes that are not a usable picture. `reason` is one of REASONS; the message is for a person."""
+    """Bytes that are not a usable picture. `reason` is one of REASONS, or says why there are no bytes; the message is
+    for a person. `transient`: trying again later may help."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)  # both in args, so that it survives pickling
+    def __init__(self, reason: str, message: str, transient: bool = False) -> None:
+        super().__init__(reason, message, transient)  # all in args, so that it survives pickling
         self.reason = reason
+        self.transient = transient
 
     def __str__(self) -> str:
         return str(self.args[1])
