@@ -81,7 +81,9 @@ def is_directory(path: str) -> bool:
 
 def is_file(path: str) -> bool:
     fs, inner = filesystem(path)
-    try:  # `fs.isfile` says False also when it cannot know
+    if isinstance(fs, LocalFileSystem):
+        return bool(fs.isfile(inner))
+    try:  # a store's `isfile` says False also when it cannot know
         return bool(_patiently(fs, path, lambda: fs.info(inner))["type"] == "file")
     except FileNotFoundError:
         return False

@@ -552,6 +552,13 @@ def test_a_limit_counts_for_all_that_a_block_does(monkeypatch: pytest.MonkeyPatc
     assert patience.limit() is None
 
 
+def test_what_cannot_be_a_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    assert storage.is_file(str(tmp_path / "a"))
+    for name in ("none", "a/inside", "x" * 300, ""):
+        assert not storage.is_file(f"{tmp_path}/{name}")
+
+
 def test_a_disk_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
