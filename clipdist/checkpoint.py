@@ -98,9 +98,8 @@ class Writer:
 
     def _finish(self, path: str, folder: Path, record: dict[str, object]) -> None:
         if not storage.is_local(path):
-            fs, inner = storage.filesystem(path)
             try:
-                fs.put(str(folder) + "/", inner + "/", recursive=True)
+                storage.upload(str(folder), path)
             finally:
                 shutil.rmtree(folder.parent)
         storage.write_atomic(storage.join(path, COMPLETE), json.dumps(record).encode())

@@ -6,48 +6,83 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 
-from clipdist import storage
+from clipdist import patience, storage
 from clipdist.config import UserError
 
 RENEW_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
 
+class Lease:
+    """A lease that this run holds. The run calls `check` before it publishes or deletes: if it was paused for longer
+    than STALE_SECONDS, another one may be at work here by now."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.path, self.nonce = uri, storage.join(uri, "running.json"), uuid.uuid4().hex
+
+    def check(self) -> None:
+        """UserError when the lease is another's, or gone. It looks itself: a run that wakes up is here before its
+        renewals are."""
+        if not _is_ours(self.path, self.nonce):
+            raise UserError(
+                f"{self.uri}: another run took over this output, because this one was not heard of for "
+                f"{STALE_SECONDS:.0f} s (paused, or cut off from the store); this one stops and leaves it alone"
+            )
+
+
 @contextlib.contextmanager
-def held(uri: str) -> Iterator[None]:
-    """Holds the lease of `uri` while the block runs. UserError when another run holds it."""
-    path, nonce = storage.join(uri, "running.json"), uuid.uuid4().hex
-    for attempt in range(3):
-        if storage.put_if_absent(path, _record(nonce)):
-            if attempt:  # another run may have seen the same dead lease, and have removed ours for it
-                time.sleep(SETTLE_SECONDS)
-            if _is_ours(path, nonce):
-                break
-        _refuse_if_alive(uri, path)
-        storage.remove(path)
-    else:
-        raise UserError(f"{uri}: other runs keep taking this output; start one at a time")
+def held(uri: str) -> Iterator[Lease]:
+    """Holds the lease of `uri` while the block runs. UserError when another run holds it.
+
+    The block calls `check` of what it gets before it publishes or deletes."""
+    lease = Lease(uri)
+    _take(lease)
     stop = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(path, nonce, stop), daemon=True)
+    renewing = threading.Thread(target=_renew, args=(lease, stop), daemon=True)
     renewing.start()
     try:
-        yield
+        yield lease
     finally:
         stop.set()
         renewing.join()
-        if _is_ours(path, nonce):
-            storage.remove(path)
+        # At the end of a lease nobody waits long for a store: it ends by itself, too.
+        with contextlib.suppress(Exception), patience.at_most(RENEW_SECONDS):
+            if _is_ours(lease.path, lease.nonce):
+                storage.remove(lease.path)
 
 
-def _renew(path: str, nonce: str, stop: threading.Event) -> None:
+def _take(lease: Lease) -> None:
+    one_wins = storage.has_conditional_put(lease.uri)
+    if not one_wins:
+        what = "this store cannot refuse a second writer (no conditional PUT)"
+        print(f"note: {lease.uri}: {what}: run only one job at a time on an output", file=sys.stderr)
+    for attempt in range(3):
+        if storage.put_if_absent(lease.path, _record(lease.nonce)):
+            # Another run may have seen the same dead lease, and have removed ours for it; or have written over ours.
+            if attempt or not one_wins:
+                time.sleep(SETTLE_SECONDS)
+            if _is_ours(lease.path, lease.nonce):
+                return
+        _refuse_if_alive(lease.uri, lease.path)
+        storage.remove(lease.path)
+    raise UserError(f"{lease.uri}: other runs keep taking this output; start one at a time")
+
+
+def _renew(lease: Lease, stop: threading.Event) -> None:
     while not stop.wait(RENEW_SECONDS):
-        with contextlib.suppress(Exception):  # whatever a store's client raises: the next time may do
-            if _is_ours(path, nonce):
-                storage.write_atomic(path, _record(nonce))
+        # Whatever a store's client raises: the next time may do. A renewal that is tried for long could come when the
+        # lease is another's already.
+        with contextlib.suppress(Exception), patience.at_most(RENEW_SECONDS):
+            if _is_ours(lease.path, lease.nonce):
+                storage.write_atomic(lease.path, _record(lease.nonce))
+                continue
+            print(f"{lease.uri}: another run took over this output; this one will stop", file=sys.stderr)
+            return
 
 
 def _is_ours(path: str, nonce: str) -> bool:

@@ -137,13 +137,11 @@ def _extensions(kind: SourceKind) -> tuple[str, ...]:
 
 
 def _files(root: str) -> list[str]:
-    fs, inner = storage.filesystem(root)
     if "*" in root:
-        found = sorted(fs.glob(inner))
-        return [path if storage.is_local(root) else fs.unstrip_protocol(path) for path in found]
-    if fs.isfile(inner):
+        return storage.glob(root)
+    if storage.is_file(root):
         return [root]
-    return [path for path, _ in storage.walk_files(root)] if fs.isdir(inner) else []
+    return [path for path, _ in storage.walk_files(root)] if storage.is_directory(root) else []
 
 
 def _kind(config: SourceConfig, root: str, files: Sequence[str]) -> SourceKind:

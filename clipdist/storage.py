@@ -1,25 +1,33 @@
 """Paths on a disk or an object store through one fsspec client: read, list, atomic write, put-if-absent.
 
 A path is a local path or a URL such as `s3://bucket/prefix`; endpoint, region and credentials come the usual AWS ways.
+What a store fails to do for a while is tried again (`patience.py`); on a disk nothing is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from clipdist import patience
 from clipdist.config import UserError
 
 Filesystem: TypeAlias = Any  # an fsspec.AbstractFileSystem; fsspec has no types
+Result = TypeVar("Result")
 
+S3 = ("s3", "s3a")
 CONFLICT_WAITS_SECONDS = (0.1, 0.5, 2.0)
+UNKNOWN_CONDITION_CODES = ("InvalidArgument", "InvalidRequest")
+"""What some stores answer to If-None-Match instead of NotImplemented. Where it meant another thing, the plain PUT that
+follows is refused as well."""
 
 
 def filesystem(path: str) -> tuple[Filesystem, str]:
@@ -33,7 +41,18 @@ def filesystem(path: str) -> tuple[Filesystem, str]:
         kind = fsspec.get_filesystem_class(scheme)
     except (ValueError, ImportError) as error:
         raise UserError(f"{path}: {scheme}:// cannot be read here: {error}") from None
-    return kind(use_listings_cache=False, **kind._get_kwargs_from_urls(path)), kind._strip_protocol(path)
+    settings = {"use_listings_cache": False, **kind._get_kwargs_from_urls(path)}
+    if scheme in S3:  # what a person set for fsspec stays
+        theirs = [fsspec.config.conf.get(name, {}).get("config_kwargs", {}) for name in S3]
+        settings["config_kwargs"] = {"retries": patience.CLIENT_RETRIES, **theirs[0], **theirs[1]}
+    fs = kind(**settings)
+    if scheme in S3:
+        fs.retries = 1  # s3fs has two loops of five tries, one in the other, around those of botocore
+    return fs, kind._strip_protocol(path)
+
+
+def _patiently(fs: Filesystem, path: str, work: Callable[[], Result]) -> Result:
+    return work() if isinstance(fs, LocalFileSystem) else patience.patiently(fs, path, work)
 
 
 def is_local(path: str) -> bool:
@@ -52,17 +71,34 @@ def join(path: str, *parts: str) -> str:
 
 def exists(path: str) -> bool:
     fs, inner = filesystem(path)
-    return bool(fs.exists(inner))
+    return bool(_patiently(fs, path, lambda: fs.exists(inner)))
 
 
 def is_directory(path: str) -> bool:
     fs, inner = filesystem(path)
-    return bool(fs.isdir(inner))
+    return bool(_patiently(fs, path, lambda: fs.isdir(inner)))
+
+
+def is_file(path: str) -> bool:
+    fs, inner = filesystem(path)
+    if isinstance(fs, LocalFileSystem):
+        return bool(fs.isfile(inner))
+    try:  # a store's `isfile` says False also when it cannot know
+        return bool(_patiently(fs, path, lambda: fs.info(inner))["type"] == "file")
+    except FileNotFoundError:
+        return False
+
+
+def glob(pattern: str) -> list[str]:
+    """The paths that match, sorted."""
+    fs, inner = filesystem(pattern)
+    found = sorted(_patiently(fs, pattern, lambda: fs.glob(inner)))
+    return found if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(path) for path in found]
 
 
 def size(path: str) -> int:
     fs, inner = filesystem(path)
-    return int(fs.size(inner))
+    return int(_patiently(fs, path, lambda: fs.size(inner)))
 
 
 def read_bytes(path: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -70,13 +106,18 @@ def read_bytes(path: str, start: int | None = None, end: int | None = None) -> b
     fs, inner = filesystem(path)
     if start is not None and start == end:
         return b""  # S3 has no empty range and would send the whole file
-    return bytes(fs.cat_file(inner, start=start, end=end))
+    return _patiently(fs, path, lambda: _read(fs, inner, start, end))
 
 
 def open_read(path: str) -> Any:
     """A seekable binary file."""
     fs, inner = filesystem(path)
-    return fs.open(inner, "rb")
+    file = _patiently(fs, path, lambda: fs.open(inner, "rb"))
+    cache: Any = getattr(file, "cache", None)  # of every remote file; what it does not hold it asks its fetcher for
+    if not isinstance(fs, LocalFileSystem) and getattr(cache, "fetcher", None):
+        real, limit = cache.fetcher, patience.limit()  # pyarrow reads in threads of its own
+        cache.fetcher = lambda start, end: patience.patiently(fs, path, lambda: real(start, end), limit)
+    return file
 
 
 def names(path: str) -> list[str]:
@@ -84,9 +125,10 @@ def names(path: str) -> list[str]:
     empty object by which an S3 console marks a folder."""
     fs, inner = filesystem(path)
     try:
-        entries = [entry.rstrip("/") for entry in fs.ls(inner, detail=False)]
+        listed = _patiently(fs, path, lambda: fs.ls(inner, detail=False))
     except FileNotFoundError:
         return []
+    entries = [entry.rstrip("/") for entry in listed]
     found = (entry.rpartition("/")[2] for entry in entries if entry != inner)
     return sorted(name for name in found if not (name.startswith(".") and name.endswith(".tmp")))
 
@@ -97,7 +139,8 @@ def walk_files(path: str) -> Iterator[tuple[str, int]]:
     folders = [inner]
     while folders:
         folder = folders.pop()
-        entries = [entry for entry in fs.ls(folder, detail=True) if entry["name"].rstrip("/") != folder]
+        listed = _patiently(fs, path, lambda: fs.ls(folder, detail=True))  # noqa: B023
+        entries = [entry for entry in listed if entry["name"].rstrip("/") != folder]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["type"] != "directory":
                 name = entry["name"]
@@ -108,73 +151,154 @@ def walk_files(path: str) -> Iterator[tuple[str, int]]:
 
 def make_directory(path: str) -> None:
     fs, inner = filesystem(path)
-    fs.makedirs(inner, exist_ok=True)
+    _patiently(fs, path, lambda: fs.makedirs(inner, exist_ok=True))
 
 
 def write_atomic(path: str, data: bytes) -> None:
     """All of `data` or nothing is visible under `path`: rename on a disk, one PUT (or a multipart) on a store."""
     fs, inner = filesystem(path)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(inner, data)
+        _patiently(fs, path, lambda: fs.pipe_file(inner, data))
         return
     temporary = _write_temporary(inner, data)
     os.replace(temporary, inner)
 
 
+def upload(folder: str, path: str) -> None:
+    """The files of a local folder, copied below `path` on a store."""
+    fs, inner = filesystem(path)
+    _patiently(fs, path, lambda: fs.put(folder.rstrip("/") + "/", inner.rstrip("/") + "/", recursive=True))
+
+
 def put_if_absent(path: str, data: bytes) -> bool:
     """Writes `data` unless `path` exists; False when another content is there. Seeing one's own content is success:
-    the reply to an earlier try may have been lost, so callers put a nonce into what they write."""
+    the reply to an earlier try may have been lost, so callers put a nonce into what they write.
+
+    One of many wins on a disk and on a store for which `has_conditional_put`. Elsewhere what is there already is
+    respected, but of several that write at the same moment more than one may believe that it won."""
     fs, inner = filesystem(path)
-    try:
-        if isinstance(fs, LocalFileSystem):
-            temporary = _write_temporary(inner, data)
-            try:
-                os.link(temporary, inner)
-            finally:
-                os.unlink(temporary)
-        elif "s3" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-            _create_object(fs, inner, data)
-        else:
-            if fs.exists(inner):
-                raise FileExistsError(inner)
-            fs.pipe_file(inner, data)
-    except FileExistsError:
+
+    def put() -> bool:
         try:
-            return read_bytes(path) == data
-        except FileNotFoundError:  # removed since
+            if isinstance(fs, LocalFileSystem):
+                _create_file(inner, data)
+            elif _is_there(fs, inner):  # a store may ignore the condition without a word
+                raise FileExistsError(inner)
+            elif not _create_object(fs, inner, data):
+                fs.pipe_file(inner, data)
+                return _holds(fs, inner, data)
+        except FileExistsError:
+            return _holds(fs, inner, data)
+        return True
+
+    return _patiently(fs, path, put)
+
+
+def has_conditional_put(uri: str) -> bool:
+    """Whether put_if_absent has exactly one winner below `uri`. Asks a store by writing one object there twice."""
+    fs, _ = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return True
+    probe = join(uri, f".probe-{uuid.uuid4().hex}.tmp")  # a name that `names` leaves out, should it stay
+    inner = filesystem(probe)[1]
+
+    def twice() -> bool:
+        try:
+            for data in (b"1", b"2"):
+                if not _create_object(fs, inner, data):
+                    break
             return False
+        except FileExistsError:
+            return True
+
+    try:
+        return _patiently(fs, uri, twice)
+    finally:
+        with contextlib.suppress(Exception), patience.at_most(0):
+            remove(probe)
+
+
+def _create_file(inner: str, data: bytes) -> None:
+    temporary = _write_temporary(inner, data)
+    try:
+        os.link(temporary, inner)
+    finally:
+        os.unlink(temporary)
+
+
+def _read(fs: Filesystem, inner: str, start: int | None, end: int | None) -> bytes:
+    try:
+        return bytes(fs.cat_file(inner, start=start, end=end))
+    except OSError as error:
+        if start == 0 and patience.code_of(error) in ("InvalidRange", "416"):
+            return b""  # an empty object has no byte 0
+        raise
+
+
+def _holds(fs: Filesystem, inner: str, data: bytes) -> bool:
+    """Whether a file has this content. A range is one request; for a whole object s3fs asks for its size first."""
+    try:
+        return _read(fs, inner, 0, len(data) + 1) == data
+    except FileNotFoundError:  # removed since
+        return False
+
+
+def _is_there(fs: Filesystem, inner: str) -> bool:
+    """Not `fs.exists`: for S3 that is two requests, and other clients say False when they cannot know."""
+    try:
+        if _is_s3(fs):
+            bucket, key, _ = fs.split_path(inner)
+            fs.call_s3("head_object", Bucket=bucket, Key=key)
+        else:
+            fs.info(inner)
+    except FileNotFoundError:
+        return False
     return True
 
 
-def _create_object(fs: Filesystem, inner: str, data: bytes) -> None:
-    """A PUT with If-None-Match. FileExistsError when the object is there."""
+def _is_s3(fs: Filesystem) -> bool:
+    return "s3" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+def _create_object(fs: Filesystem, inner: str, data: bytes) -> bool:
+    """A PUT with If-None-Match. FileExistsError when the object is there; False, with nothing written, when the store
+    has no such PUT."""
+    if not _is_s3(fs):
+        return False
     for wait_seconds in (*CONFLICT_WAITS_SECONDS, None):
         try:
             fs.pipe_file(inner, data, mode="create")
-            return
+            return True
         except OSError as error:
-            response = getattr(error.__cause__, "response", None) or {}
-            code = response.get("Error", {}).get("Code")
+            code = patience.code_of(error)
             if code in ("PreconditionFailed", "412"):  # s3fs knows only the answer of AWS
                 raise FileExistsError(inner) from None
+            if patience.lacks(error) or code in UNKNOWN_CONDITION_CODES:
+                return False
             if code not in ("ConditionalRequestConflict", "409") or wait_seconds is None:
                 raise
             time.sleep(wait_seconds)  # S3 asks to try again when two write at once
+    raise AssertionError("unreachable")
 
 
 def remove(path: str) -> None:
     """Removes one file; nothing happens when it is not there."""
     fs, inner = filesystem(path)
     try:
-        fs.rm_file(inner)
+        _patiently(fs, path, lambda: fs.rm_file(inner))
     except FileNotFoundError:
         return
 
 
 def remove_tree(path: str) -> None:
     fs, inner = filesystem(path)
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+
+    def remove_all() -> None:
+        with contextlib.suppress(FileNotFoundError):  # an earlier try may have been done, and only its reply lost
+            if fs.exists(inner):
+                fs.rm(inner, recursive=True)
+
+    _patiently(fs, path, remove_all)
 
 
 def fingerprint(path: str, edge_bytes: int = 1 << 20) -> str:

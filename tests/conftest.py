@@ -11,6 +11,8 @@ os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # or Ray's workers start thro
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.faulty_store import FaultyStore, faulty_store
+
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black", "orange", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
 
@@ -75,6 +77,13 @@ def s3_bucket() -> Iterator[str]:
     boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket="clipdist")
     yield "s3://clipdist"
     server.stop()
+
+
+@pytest.fixture
+def faulty(s3_bucket: str) -> Iterator[FaultyStore]:
+    """A store with faults in front of that S3; `{s3_bucket}/...` leads through it while the test runs."""
+    with faulty_store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

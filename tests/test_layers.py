@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "clipdist"
 LIGHT = [
     "config",
     "progress",
+    "patience",
     "storage",
     "schema",
     "manifest",

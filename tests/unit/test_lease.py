@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from clipdist import lease, storage
+from clipdist import lease, patience, storage
 from clipdist.config import UserError
+from tests.faulty_store import FaultyStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -201,3 +203,132 @@ def test_of_two_that_find_the_same_dead_lease_one_holds(
         thread.join()
     assert len(held) == holders
     assert len(held) + len(refused) == 2
+
+
+# --- taken over ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_taken_over_does_not_publish(place: str) -> None:
+    with lease.held(place) as held:
+        held.check()
+        write_record(place, host="another-host", pid=1, age_seconds=0)
+        with pytest.raises(UserError, match="another run took over this output"):
+            held.check()
+    assert record(place)["nonce"] == "theirs"
+
+
+def test_a_lease_that_is_gone_is_lost(place: str) -> None:
+    """The run that took over has ended."""
+    with lease.held(place) as held:
+        storage.remove(storage.join(place, "running.json"))
+        with pytest.raises(UserError, match="another run took over this output"):
+            held.check()
+
+
+def test_the_renewal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
+    with lease.held(str(tmp_path)):
+        write_record(str(tmp_path), host="another-host", pid=1, age_seconds=0)
+        time.sleep(0.3)
+    assert capsys.readouterr().err.count("another run took over this output") == 1
+
+
+PAUSED = """
+import sys, time
+from clipdist import lease
+from clipdist.config import UserError
+lease.RENEW_SECONDS = 3600.0
+try:
+    with lease.held(sys.argv[1]) as held:
+        print("held", flush=True)
+        sys.stdin.readline()
+        held.check()
+        print("published", flush=True)
+except UserError as error:
+    print(f"stopped: {error}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("taken_over", [True, False])
+def test_a_process_that_slept_through_its_lease_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_over: bool
+) -> None:
+    """Its check is earlier than its next renewal. The control: without another run it goes on."""
+    command = [sys.executable, "-c", PAUSED, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGSTOP)
+        if taken_over:
+            monkeypatch.setattr(lease, "STALE_SECONDS", 0.0)
+            with lease.held(str(tmp_path)) as ours:
+                holder.send_signal(signal.SIGCONT)
+                said, _ = holder.communicate("\n", timeout=20)
+                ours.check()
+        else:
+            holder.send_signal(signal.SIGCONT)
+            said, _ = holder.communicate("\n", timeout=20)
+    assert said.startswith("stopped: " if taken_over else "published")
+
+
+# --- stores with faults ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [(501, "NotImplemented"), None])
+def test_a_store_that_cannot_refuse_a_second_writer(
+    bucket: str, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch, capsys: Any, answer: tuple[int, str] | None
+) -> None:
+    """Ours is written over while we settle: the other one holds it."""
+    faulty.lacks_conditions, faulty.ignores_conditions = answer, answer is None
+    slept: list[float] = []
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.25)
+
+    def settle(seconds: float) -> None:
+        slept.append(seconds)
+        write_record(bucket, host="another-host", pid=1, age_seconds=0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.time, "sleep", settle)
+        with pytest.raises(UserError, match="another run is at work"), lease.held(bucket):
+            pass
+    assert slept == [0.25]
+    assert capsys.readouterr().err.count("run only one job at a time on an output") == 1
+    storage.remove(storage.join(bucket, "running.json"))
+    with lease.held(bucket) as held:
+        held.check()
+    assert storage.names(bucket) == []
+
+
+def test_a_store_that_can_is_not_mentioned(place: str, capsys: Any) -> None:
+    with lease.held(place):
+        assert storage.names(place) == ["running.json"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lease_outlives_faults_that_pass(bucket: str, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(patience, "FIRST_WAIT_SECONDS", 0.01)
+    with lease.held(bucket) as held:
+        first = record(bucket)["time"]
+        faulty.slow_down_every = faulty.lose_put_reply_every = 3
+        deadline = time.monotonic() + 20
+        while record(bucket)["time"] == first and time.monotonic() < deadline:
+            time.sleep(0.05)
+        held.check()
+        faulty.slow_down_every = faulty.lose_put_reply_every = 0
+        assert record(bucket)["time"] > first
+    assert storage.names(bucket) == []
+
+
+def test_the_end_of_a_run_does_not_hide_its_error(
+    bucket: str, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+
+    def run() -> None:
+        with lease.held(bucket):
+            faulty.down_for(600)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()

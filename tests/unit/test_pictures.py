@@ -2,8 +2,10 @@
 
 import io
 import os
+import pickle
 import tarfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipdist import fetch, pictures, storage
+from clipdist import fetch, patience, pictures, storage
 from clipdist.images import BadImage
 from clipdist.pictures import read_picture
 from clipdist.sources import SourceConfig, open_source
+from tests.faulty_store import FaultyStore
 
 NAMES = [
     "plain.jpg", "with space.jpg", "a#b.jpg", "a#bytes=1.jpg", "100%.jpg", "a%20b.jpg", "q?x=1&y.jpg", "한글 사진.jpg",
@@ -206,4 +209,136 @@ def test_a_store_that_fails_is_a_reject_and_no_memory_is_not(tmp_path: Path, mon
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "a.jpg").chmod(0)
-    assert bad(str(tmp_path / "a.jpg")).reason == "unreadable"
+    error = bad(str(tmp_path / "a.jpg"))
+    assert (error.reason, error.transient) == ("denied", False)
+
+
+def test_what_the_disk_denies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where root runs the tests."""
+
+    def denied(*args: Any, **kwargs: Any) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    monkeypatch.setattr(storage, "read_bytes", denied)
+    error = bad(str(tmp_path / "a.jpg"))
+    assert (error.reason, error.transient) == ("denied", False)
+
+
+# --- a store with faults ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits, and no tries of the client's own."""
+    monkeypatch.setattr(patience, "FIRST_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr(patience, "LONGEST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(patience, "CLIENT_RETRIES", {"total_max_attempts": 1, "mode": "standard"})
+    monkeypatch.setattr(pictures, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(pictures._denied, "in_vain", 0)
+
+
+def test_a_picture_is_one_request(bucket: str, faulty: FaultyStore) -> None:
+    for name, data in (("a", b"12345"), ("empty", b"")):
+        storage.write_atomic(f"{bucket}/{name}", data)
+    faulty.forget()
+    assert read_picture(f"{bucket}/a", max_image_bytes=5) == b"12345"
+    assert faulty.requests == {"GET": 1}
+    assert read_picture(f"{bucket}/empty") == b""
+    assert bad(f"{bucket}/a", max_image_bytes=4).reason == "too_many_bytes"
+    assert bad(f"{bucket}/none").reason == "missing"
+    assert faulty.requests == {"GET": 4}
+
+
+def test_no_more_of_an_object_is_read_than_may_be(bucket: str, faulty: FaultyStore) -> None:
+    storage.write_atomic(f"{bucket}/large", bytes(5_000_000))
+    faulty.forget()
+    assert bad(f"{bucket}/large", max_image_bytes=1000).reason == "too_many_bytes"
+    assert faulty.bytes_out == 1001
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("fault", ["slow_down_every", "cut_every", "deny_every"])
+@pytest.mark.parametrize("patient", [True, False])
+def test_no_picture_is_lost_to_faults_that_pass(
+    bucket: str, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch, fault: str, patient: bool
+) -> None:
+    """Without patience (the control) some are."""
+    for number in range(40):
+        storage.write_atomic(f"{bucket}/{number}", b"%d" % number * 100)
+    monkeypatch.setattr(pictures, "PATIENCE_SECONDS", 20.0 if patient else 0.0)
+    monkeypatch.setattr(pictures, "DENIALS", 10)
+    setattr(faulty, fault, 3)
+
+    def read(number: int) -> bool | BadImage:
+        try:
+            return read_picture(f"{bucket}/{number}") == b"%d" % number * 100
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(read, range(40)))
+    lost = [one for one in found if isinstance(one, BadImage)]
+    assert all(one is True for one in found) if patient else lost
+    assert all(one.transient for one in lost)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("status", "code", "reason", "transient"),
+    [
+        (503, "SlowDown", "unreadable", True),
+        (500, "InternalError", "unreadable", True),
+        (403, "AccessDenied", "denied", True),
+        (403, "InvalidAccessKeyId", "denied", False),
+        (400, "InvalidArgument", "unreadable", False),
+        (404, "NoSuchKey", "missing", False),
+        (404, "NoSuchBucket", "missing", False),
+    ],
+)
+def test_reasons_of_a_store(
+    bucket: str, faulty: FaultyStore, status: int, code: str, reason: str, transient: bool
+) -> None:
+    faulty.refuse = (status, code)
+    for uri in (f"{bucket}/a", f"{bucket}/a.tar#bytes=3+5"):
+        error = pickle.loads(pickle.dumps(bad(uri)))
+        assert (error.reason, error.transient) == (reason, transient)
+    if not transient:
+        assert faulty.requests == {"GET": 2}
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_bucket_that_is_closed_is_soon_believed(
+    bucket: str, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "BELIEVED_AFTER", 2)
+    monkeypatch.setattr(pictures, "PATIENCE_SECONDS", 20.0)
+    faulty.refuse = (403, "AccessDenied")
+    for expected in (3, 6, 7, 8):
+        assert bad(f"{bucket}/a").reason == "denied"
+        assert faulty.requests["GET"] == expected
+
+
+@pytest.mark.usefixtures("hasty")
+def test_rows_of_one_row_group_wait_together_for_a_store_that_is_down(
+    bucket: str, faulty: FaultyStore, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"image": [b"%d" % n for n in range(16)]}), tmp_path / "t.parquet")
+    storage.write_atomic(f"{bucket}/t.parquet", (tmp_path / "t.parquet").read_bytes())
+    faulty.down_for(600)
+    started = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        errors = list(pool.map(lambda n: bad(f"{bucket}/t.parquet#row=0:{n}:image"), range(16)))
+    assert time.monotonic() - started < 10, "not sixteen times a second"
+    assert {(error.reason, error.transient) for error in errors} == {("unreadable", True)}
+    faulty.down_for(0)
+    assert read_picture(f"{bucket}/t.parquet#row=0:7:image") == b"7"
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_what_the_safe_client_calls_transient(monkeypatch: pytest.MonkeyPatch, transient: bool) -> None:
+    def fake(url: str, **settings: Any) -> bytes:
+        raise fetch.FetchError("http_status", "503", transient)
+
+    monkeypatch.setattr(pictures, "fetch", fake)
+    assert bad("https://host/a.jpg").transient is transient

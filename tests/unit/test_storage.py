@@ -1,21 +1,27 @@
 """Storage on a disk and on S3: all or nothing, one winner, no stale answers, also when processes are killed."""
 
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+from botocore.exceptions import ClientError, NoCredentialsError  # type: ignore[import-untyped]
 from s3fs.errors import translate_boto_error
 
 import clipdist
-from clipdist import storage
+from clipdist import patience, storage
+from clipdist.config import UserError
+from tests.faulty_store import FaultyStore
 
 ROOT = Path(clipdist.__file__).parents[1]
 
@@ -300,18 +306,21 @@ def test_what_stores_answer(
     bucket: str, monkeypatch: pytest.MonkeyPatch, code: str, condition: str | None, tries: int, outcome: str
 ) -> None:
     path, calls = f"{bucket}/unit", []
-    storage.write_atomic(path, b"theirs")
     fs, _ = storage.filesystem(path)
+    real = fs.pipe_file
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+    def refuse(inner: str, *args: Any, **kwargs: Any) -> None:
         calls.append(args)
+        if outcome == "lost":  # another writer was faster
+            real(inner, b"theirs")
         details = {"Code": code, "Message": "no"} | ({"Condition": condition} if condition else {})
         raise translate_boto_error(ClientError({"Error": details}, "PutObject"))
 
     monkeypatch.setattr(fs, "pipe_file", refuse)
     monkeypatch.setattr(storage, "CONFLICT_WAITS_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(patience, "SECONDS", 0.0)
     if outcome == "raised":
-        with pytest.raises(OSError, match="no"):
+        with pytest.raises((OSError, patience.StoreDown), match="no"):
             storage.put_if_absent(path, b"mine")
     else:
         assert not storage.put_if_absent(path, b"mine")
@@ -349,3 +358,275 @@ def test_what_is_removed_before_it_can_be_read_is_not_ours(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "link", link_then_removed)
     assert not storage.put_if_absent(path, b"mine")
+
+
+# --- a store with faults ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits, and no tries of the client's own: each fault meets the code under test."""
+    monkeypatch.setattr(patience, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "LONGEST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(patience, "CLIENT_RETRIES", {"total_max_attempts": 1, "mode": "standard"})
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, hasty: None) -> None:
+    """The control: nothing is tried again."""
+    monkeypatch.setattr(patience, "SECONDS", 0.0)
+
+
+def everything(uri: str) -> None:
+    """Every operation once or more; fails when one does not do its work."""
+    big = os.urandom(300_000)
+    for name in ("a", "b", "folder/c"):
+        storage.write_atomic(f"{uri}/{name}", big)
+    assert storage.put_if_absent(f"{uri}/once", b"mine")
+    assert not storage.put_if_absent(f"{uri}/once", b"theirs")
+    assert storage.exists(f"{uri}/a")
+    assert not storage.exists(f"{uri}/none")
+    assert storage.is_file(f"{uri}/a")
+    assert not storage.is_file(f"{uri}/folder")
+    assert storage.is_directory(f"{uri}/folder")
+    assert storage.size(f"{uri}/a") == len(big)
+    assert storage.read_bytes(f"{uri}/a") == big
+    assert storage.read_bytes(f"{uri}/a", 5, 250_000) == big[5:250_000]
+    assert storage.names(uri) == ["a", "b", "folder", "once"]
+    assert storage.glob(f"{uri}/*") == [f"{uri}/{name}" for name in ("a", "b", "folder", "once")]
+    assert len(list(storage.walk_files(uri))) == 4
+    with storage.open_read(f"{uri}/a") as file:
+        file.seek(200_000)
+        assert file.read() == big[200_000:]
+    assert storage.has_conditional_put(uri)
+    storage.remove(f"{uri}/a")
+    assert not storage.exists(f"{uri}/a")
+    storage.remove_tree(uri)
+    assert storage.names(uri) == []
+
+
+# Every fifth: no operation here is more than four requests, so that a second try can always end well.
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(("fault", "every"), [("slow_down_every", 5), ("cut_every", 5), ("lose_put_reply_every", 2)])
+def test_faults_that_pass_are_no_faults(bucket: str, faulty: FaultyStore, fault: str, every: int) -> None:
+    setattr(faulty, fault, every)
+    everything(bucket)
+    assert faulty.faults[fault] >= 2
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("fault", "every"), [("slow_down_every", 5), ("cut_every", 5), ("lose_put_reply_every", 1)])
+def test_without_patience_they_are(bucket: str, faulty: FaultyStore, fault: str, every: int) -> None:
+    """The control of the test above. (aiohttp repeats a PUT once whose connection was closed without a word.)"""
+    setattr(faulty, fault, every)
+    with pytest.raises(patience.StoreDown):
+        everything(bucket)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_file_that_is_open_reads_on(bucket: str, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_atomic(f"{bucket}/a", bytes(1000))
+    with storage.open_read(f"{bucket}/a") as file:
+        file.cache.fetcher(0, 1)
+        faulty.down_for(0.3)
+        assert file.read() == bytes(1000)
+        faulty.down_for(60)
+        monkeypatch.setattr(patience, "SECONDS", 0.1)
+        with pytest.raises(patience.StoreDown):
+            file.cache.fetcher(0, 1)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_folders_are_uploaded_whole(bucket: str, faulty: FaultyStore, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    faulty.slow_down_every = faulty.lose_put_reply_every = 5
+    storage.upload(str(tmp_path), f"{bucket}/up")
+    assert [path for path, _ in storage.walk_files(f"{bucket}/up")] == [f"{bucket}/up/{name}" for name in "abc"]
+
+
+def test_sixteen_threads_outlive_a_store_that_is_down_for_five_seconds(bucket: str, faulty: FaultyStore) -> None:
+    """With the waits that a job has. None is lost, and none comes twice."""
+    storage.write_atomic(f"{bucket}/warm", b"1")
+    faulty.down_for(5)
+    start, down = time.monotonic(), []
+
+    def one(number: int) -> bool:
+        assert storage.put_if_absent(f"{bucket}/{number}", b"%d" % number)
+        down.append(time.monotonic() - start)
+        return storage.read_bytes(f"{bucket}/{number}") == b"%d" % number
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(one, range(16)))
+    assert min(down) > 4.9
+    assert max(down) < 45
+    assert len(storage.names(bucket)) == 17
+
+
+def test_a_store_that_is_down_for_good_is_named(bucket: str, faulty: FaultyStore, monkeypatch: Any) -> None:
+    """With the tries of the client and a shorter time: the last try ends soon after it."""
+    monkeypatch.setattr(patience, "SECONDS", 2.0)
+    faulty.down_for(600)
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        storage.names(bucket)
+    assert 2 <= time.monotonic() - started < 8
+    message = str(caught.value)
+    assert message.startswith(f"{bucket}: the store at {faulty.url} did not do its work in ")
+    assert "test" not in message.replace("latest", ""), "the keys of this store"
+    assert "?" not in message, "a query may hold a signature"
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), UserError)
+
+
+def test_nobody_listens(faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(patience, "SECONDS", 1.0)
+    with pytest.raises(UserError, match=f"the store at http://127.0.0.1:{port} .*EndpointConnectionError"):
+        storage.exists("s3://clipdist/x")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (403, "InvalidAccessKeyId", PermissionError),
+        (403, "SignatureDoesNotMatch", PermissionError),
+        (400, "ExpiredToken", PermissionError),
+        (403, "AccessDenied", PermissionError),
+        (404, "NoSuchBucket", FileNotFoundError),
+        (404, "NoSuchKey", FileNotFoundError),
+        (501, "NotImplemented", OSError),
+    ],
+)
+def test_what_does_not_pass_fails_at_once(bucket: str, faulty: FaultyStore, status: int, code: str, kind: Any) -> None:
+    faulty.refuse = (status, code)
+    for operation, expected, tries in (
+        (lambda: storage.read_bytes(f"{bucket}/a", 0, 5), kind, 1),
+        (lambda: storage.write_atomic(f"{bucket}/a", b"1"), kind, 1),
+        (lambda: storage.size(f"{bucket}/a"), OSError, 2),  # the answer to a HEAD names no code; then: is it a folder
+    ):
+        faulty.forget()
+        with pytest.raises(expected):
+            operation()
+        assert faulty.requests.total() <= tries
+
+
+def test_without_credentials_nothing_is_tried_again(bucket: str, faulty: FaultyStore, monkeypatch: Any) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(NoCredentialsError):
+        storage.read_bytes(f"{bucket}/a")
+    assert faulty.requests.total() == 0
+
+
+@pytest.mark.usefixtures("hasty")
+def test_denials_are_tried_again_only_where_it_is_asked_for(bucket: str, faulty: FaultyStore) -> None:
+    storage.write_atomic(f"{bucket}/a", b"1")
+    faulty.deny_every = 1
+    with pytest.raises(PermissionError), patience.at_most(20, denials=2):
+        storage.read_bytes(f"{bucket}/a", 0, 5)
+    assert faulty.requests["GET"] == 3
+    faulty.deny_every = 2
+    with patience.at_most(20, denials=1):
+        for _ in range(3):
+            assert storage.read_bytes(f"{bucket}/a", 0, 5) == b"1"
+    assert faulty.faults["deny_every"] == 3 + 3
+
+
+def test_a_limit_counts_for_all_that_a_block_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise ConnectionRefusedError("no")
+
+    monkeypatch.setattr(patience, "FIRST_WAIT_SECONDS", 0.05)
+    started = time.monotonic()
+    with patience.at_most(0.5), patience.at_most(60):
+        for _ in range(3):
+            with pytest.raises(patience.StoreDown):
+                patience.patiently(None, "x", refused)
+    assert 0.5 <= time.monotonic() - started < 1
+    assert patience.limit() is None
+
+
+def test_what_cannot_be_a_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    assert storage.is_file(str(tmp_path / "a"))
+    for name in ("none", "a/inside", "x" * 300, ""):
+        assert not storage.is_file(f"{tmp_path}/{name}")
+
+
+def test_a_disk_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        raise TimeoutError("a network file system")
+
+    calls: list[Any] = []
+    monkeypatch.setattr(type(storage.filesystem(str(tmp_path))[0]), "cat_file", refused)
+    with pytest.raises(TimeoutError):
+        storage.read_bytes(str(tmp_path / "a"))
+    assert len(calls) == 1
+
+
+# --- stores without a conditional PUT --------------------------------------------------------------------------------
+
+LACKING = [(501, "NotImplemented"), (400, "NotImplemented"), (400, "InvalidArgument"), None]
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("answer", LACKING)
+def test_put_if_absent_does_without(bucket: str, faulty: FaultyStore, answer: tuple[int, str] | None) -> None:
+    faulty.lacks_conditions, faulty.ignores_conditions = answer, answer is None
+    assert not storage.has_conditional_put(bucket)
+    assert storage.names(bucket) == []
+    assert storage.filesystem(bucket)[0].find(bucket) == [], "the probe is gone"
+    faulty.lose_put_reply_every = 2
+    for unit in range(3):
+        assert storage.put_if_absent(f"{bucket}/{unit}", b"first")
+        assert not storage.put_if_absent(f"{bucket}/{unit}", b"second")
+        assert storage.read_bytes(f"{bucket}/{unit}") == b"first"
+    assert faulty.faults["lose_put_reply_every"]
+
+
+def test_without_a_look_first_a_store_that_ignores_the_condition_writes_over(bucket: str, faulty: FaultyStore) -> None:
+    """The control of the test above."""
+    faulty.ignores_conditions = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_is_there", lambda *of: False)
+        assert storage.put_if_absent(f"{bucket}/unit", b"first")
+        assert storage.put_if_absent(f"{bucket}/unit", b"second")
+
+
+def test_of_two_that_write_at_once_the_one_written_over_sees_it(bucket: str, faulty: FaultyStore) -> None:
+    """Without a conditional PUT: the other's write arrives between ours and our look."""
+    faulty.lacks_conditions = (501, "NotImplemented")
+    fs, _ = storage.filesystem(f"{bucket}/unit")
+    real = fs.pipe_file
+
+    def and_another(path: str, data: bytes, **options: Any) -> None:
+        real(path, data, **options)
+        real(path, b"theirs")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fs, "pipe_file", and_another)
+        assert not storage.put_if_absent(f"{bucket}/unit", b"mine")
+
+
+def test_a_conditional_put_is_two_requests(bucket: str, faulty: FaultyStore) -> None:
+    storage.put_if_absent(f"{bucket}/warm", b"1")
+    faulty.forget()
+    assert storage.put_if_absent(f"{bucket}/unit", b"first")
+    assert faulty.requests == {"HEAD": 1, "PUT": 1}
+    assert storage.has_conditional_put(bucket)
+
+
+def test_other_stores_have_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a disk nor S3: here fsspec's store in memory."""
+    uri = f"memory://{uuid.uuid4().hex}"
+    assert not storage.has_conditional_put(uri)
+    assert storage.put_if_absent(f"{uri}/unit", b"first")
+    assert storage.put_if_absent(f"{uri}/unit", b"first")
+    assert not storage.put_if_absent(f"{uri}/unit", b"second")
