@@ -20,6 +20,7 @@ from typing import Any
 
 from clipdist import __version__
 from clipdist.config import Loaded, Section, UserError, explain, load
+from clipdist.patience import StoreDown
 
 JOBS = {
     "prepare": ("PrepareConfig", "raw tables, folders or tars -> validated pairs"),
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         several = f"{len(error.problems)} problems:\n  " if len(error.problems) > 1 else ""
         print(f"clipdist {options.command}: {several}" + "\n  ".join(error.problems), file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, StoreDown) else 2
     except KeyboardInterrupt:
         print(
             f"\nclipdist {options.command}: interrupted. What is finished stays; run the same command again to go on.",

@@ -74,7 +74,7 @@ def make_table(
         refuse_other_stamp(uri, stamp, there.stamp)
         if (manifest := there.finished()) is not None and not retry_rejected:
             return manifest
-    with lease.held(uri):
+    with lease.held(uri) as held:
         ledger = begin(uri, stamp, plan, shard_units=shard_units)
         runtime.save_config(uri, config)
         manifest = ledger.finished()
@@ -88,6 +88,7 @@ def make_table(
         if manifest is not None:
             return manifest
         Tally(ledger, max_rejected_fraction).judge()
+        held.check()
         return ledger.publish()
 
 
