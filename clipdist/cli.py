@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistake is None and not _is_about_storage(error):
             raise
         print(f"clipdist {options.command}: {mistake or f'{type(error).__name__}: {error}'}", file=sys.stderr)
-        return 1 if mistake is None and isinstance(error, OSError) and not isinstance(error, WRONG_PATH) else 2
+        fault = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
+        return 1 if isinstance(mistake, StoreDown) or (mistake is None and fault) else 2
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
