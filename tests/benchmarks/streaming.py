@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipdist import images, ledger, schema
+from clipdist import images, ledger, manifest, schema
 from tests.conftest import TINY_CLIP
 
 PX, PATCH = 32, 8
@@ -69,12 +69,12 @@ def make_pairs(folder: Path, rows: int) -> Path:
         "decode": {"id": images.DECODE_ID, "max_side": 640, "max_pixels": 100_000_000},
     }
     plan = (pa.table({"id": [str(n) for n in range(first, first + count)]}) for _, first, count in units)
-    book = ledger.begin(str(folder), schema.Stamp("pairs", identity, schema.recorded()), lambda: (plan, {}))
-    todo = [unit for unit in range(len(units)) if unit not in book.committed()]
+    book = ledger.begin(str(folder), schema.Stamp("pairs", identity, schema.recorded()), lambda: plan)
+    todo = book.missing()
     with ProcessPoolExecutor(peers.cores()) as pool:
         for _ in pool.map(make_unit, *zip(*((book, unit, *units[unit]) for unit in todo), strict=True)) if todo else ():
             pass
-    book.publish()
+    book.finished() or book.publish()
     return folder
 
 
@@ -97,7 +97,7 @@ def make_unit(book: ledger.Ledger, unit: int, split: str, first: int, rows: int)
     arrow = pa.table(table, schema.pairs_schema([]))
     pq.write_table(arrow, data, row_group_size=schema.ROW_GROUP_ROWS, compression=compression, use_dictionary=["split"])
     groups = [min(schema.ROW_GROUP_ROWS, rows - start) for start in range(0, rows, schema.ROW_GROUP_ROWS)]
-    file = ledger.File("", "pairs", rows, tuple(groups), data.tell(), split)
+    file = manifest.File("", "pairs", rows, tuple(groups), data.tell(), split)
     book.commit(unit, {("pairs", split): (data.getvalue(), file)}, {"pairs": rows}, [])
 
 
