@@ -347,7 +347,8 @@ def _plan(config: EmbedConfig, rows: int | None = None) -> Iterable[pa.Table]:
         planning.check_columns(source, config.catalog.columns, config.catalog.captions)
         nothing_held_out = SplitConfig(validation=0.0)
         captions = config.catalog.captions
-        return planning.plan_units(source, config.catalog.columns, captions, nothing_held_out, size, need_caption=False)
+        how = {"need_caption": False, "first_only": rows is not None}
+        return planning.plan_units(source, config.catalog.columns, captions, nothing_held_out, size, **how)
     return _plan_pairs(_pairs(config), config.splits, size)
 
 
@@ -385,7 +386,8 @@ def _plan_pairs(manifest: Manifest, splits: tuple[str, ...], size: int) -> Itera
 
 def _stamp(config: EmbedConfig, model: Towers, resolved: ModelConfig) -> Stamp:
     if config.catalog is not None:
-        made_from: dict[str, Any] = {"source": open_source(config.catalog.source).fingerprint()}
+        read = planning.columns_read(config.catalog.columns, config.catalog.captions)
+        made_from: dict[str, Any] = {"source": open_source(config.catalog.source).fingerprint(read)}
         made_from |= config.catalog.model_dump(mode="json", exclude={"source"})
     else:
         manifest = _pairs(config)

@@ -32,6 +32,8 @@ LEARN = [
     "augment",
     "pictures",
     "batches",
+    "tables",
+    "folders",
     "sources",
     "duplicates",
     "planning",
