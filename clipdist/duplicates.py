@@ -13,8 +13,8 @@ import pyarrow as pa
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<i8")])
 PARTITIONS = 512
 """Of a billion ids a partition holds two million, 47 MB."""
-SPILL_BYTES = 32 << 20
-"""A smaller input, of up to a million rows, needs no disk."""
+SPILL_BYTES = 16 << 20
+"""A smaller input, of up to 700,000 rows, needs no disk."""
 
 
 def duplicate_rows(ids: Iterable[pa.Array]) -> np.ndarray:
