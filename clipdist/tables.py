@@ -138,17 +138,29 @@ def parquet_batches(path: str, image_column: str, folder: str, wanted: Collectio
         file = pq.ParquetFile(opened)
         leaf = _bytes_column(image_column, file.schema_arrow.field(image_column).type)
         names = [name for name in file.schema_arrow.names if _is_read(name, image_column, wanted)]
-        if leaf is None:
-            for batch in file.iter_batches(BATCH_ROWS, columns=names):
-                yield _with_uris(batch, image_column, folder, wanted)
-            return
-        names = [name for name in names if name != image_column]
-        for group in range(file.num_row_groups):
+        names = [name for name in names if name != image_column or leaf is None]
+        for groups in _row_groups(file.metadata, BATCH_ROWS if leaf is None else 0):
             start = 0
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names):
-                rows = pa.array(range(start, start + len(batch))).cast(pa.string())
-                yield _with(batch, pc.binary_join_element_wise(f"{path}#row={group}:", rows, f":{leaf}", ""))
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names):
+                if leaf is None:
+                    yield _with_uris(batch, image_column, folder, wanted)
+                else:
+                    rows = pa.array(range(start, start + len(batch))).cast(pa.string())
+                    yield _with(batch, pc.binary_join_element_wise(f"{path}#row={groups[0]}:", rows, f":{leaf}", ""))
                 start += len(batch)
+
+
+def _row_groups(metadata: pq.FileMetaData, at_least: int) -> Iterator[list[int]]:
+    """Neighbouring row groups of `at_least` so many rows. Not all at once: a reader keeps all that it read."""
+    groups, rows = list[int](), 0
+    for group in range(metadata.num_row_groups):
+        groups.append(group)
+        rows += metadata.row_group(group).num_rows
+        if rows >= at_least:
+            yield groups
+            groups, rows = [], 0
+    if groups:
+        yield groups
 
 
 def _bytes_column(column: str, kind: pa.DataType) -> str | None:

@@ -140,6 +140,18 @@ def test_parquet_with_pictures(tmp_path: Path, column: pa.Array, leaf: str) -> N
     ]
 
 
+def test_an_empty_row_group_of_pictures_is_counted(tmp_path: Path) -> None:
+    table = pa.table({"id": ["a"], "image": [b"x"]})
+    with pq.ParquetWriter(tmp_path / "t.parquet", table.schema) as writer:
+        for rows in (table, table.slice(1), table):
+            writer.write_table(rows)
+    found = [row["image_uri"] for row in rows_of(tmp_path / "t.parquet")]
+    assert found == [
+        f"{tmp_path}/t.parquet#row={group}:0:image"
+        for group in (0, pq.read_metadata(tmp_path / "t.parquet").num_row_groups - 1)
+    ]
+
+
 def test_what_is_no_parquet(tmp_path: Path) -> None:
     assert "cannot be read as parquet" in refused(write(tmp_path / "t.parquet", "PAR1"))
 
@@ -466,6 +478,14 @@ def test_deep_folders_with_captions_on_s3_are_no_classes(bucket: str) -> None:
     for name in ("deep/a/1.jpg", "deep/a/1.txt"):
         storage.write_atomic(f"{bucket}/{name}", b"x")
     assert opened(f"{bucket}/deep").kind == "folder"
+
+
+def test_jsonl_on_s3(bucket: str) -> None:
+    lines = [json.dumps({"id": n, "image": f"{n}.jpg"}) for n in range(1000)]
+    storage.write_atomic(f"{bucket}/lines/t.jsonl", "\n".join(lines).encode())
+    found = rows_of(f"{bucket}/lines")
+    assert [row["id"] for row in found] == list(range(1000))
+    assert found[-1]["image_uri"] == f"{bucket}/lines/999.jpg"
 
 
 # --- how many rows there are -----------------------------------------------------------------------------------------
