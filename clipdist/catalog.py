@@ -101,14 +101,15 @@ class EmbedConfig(Section):
 
 
 def plan(config: EmbedConfig, rows: int | None = None) -> Iterable[pa.Table]:
-    """The planned rows, one table per unit of `rows` (by default `unit_rows`)."""
+    """The planned rows, one table per unit; with `rows`, just the first so many."""
     size = rows or config.unit_rows
     if config.catalog is not None:
         source = open_source(config.catalog.source)
         planning.check_columns(source, config.catalog.columns, config.catalog.captions)
         nothing_held_out = SplitConfig(validation=0.0)
         captions = config.catalog.captions
-        return planning.plan_units(source, config.catalog.columns, captions, nothing_held_out, size, need_caption=False)
+        how = {"need_caption": False, "first_only": rows is not None}
+        return planning.plan_units(source, config.catalog.columns, captions, nothing_held_out, size, **how)
     return _plan_pairs(pairs_of(config), config.splits, size)
 
 
@@ -148,7 +149,8 @@ def _plan_pairs(manifest: Manifest, splits: tuple[str, ...], size: int) -> Itera
 def stamp(config: EmbedConfig, model: Towers, resolved: ModelConfig) -> Stamp:
     """What makes these embeddings: `input` is what they are made of, all else how."""
     if config.catalog is not None:
-        made_from: dict[str, Any] = {"source": open_source(config.catalog.source).fingerprint()}
+        read = planning.columns_read(config.catalog.columns, config.catalog.captions)
+        made_from: dict[str, Any] = {"source": open_source(config.catalog.source).fingerprint(read)}
         made_from |= config.catalog.model_dump(mode="json", exclude={"source"})
     else:
         manifest = pairs_of(config)

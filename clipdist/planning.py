@@ -5,25 +5,27 @@ What can be judged without the picture is judged here; such rows are planned wit
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import math
+import itertools
 import re
 import string
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
+from clipdist.batches import MALFORMED, Batch, Column, column, exploded, texts, utf8
 from clipdist.config import Section, UserError
+from clipdist.duplicates import duplicate_rows
 from clipdist.schema import RESERVED
-from clipdist.sources import Row, Source, require_columns
+from clipdist.sources import Source, require_columns
 
 TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
-HASH_PARTITIONS = 64
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """A split is a folder of the pairs."""
 
@@ -115,27 +117,40 @@ def template_columns(template: str) -> list[str]:
     return names
 
 
-def captions_of(row: Row, templates: Iterable[str]) -> list[str]:
-    """The row's captions: one per template, without those whose columns are all empty, each once. A template that is
+def captions_of(batch: Batch, templates: Iterable[str]) -> pa.ListArray:
+    """Each row's captions: one per template, without those whose columns are all empty, each once. A template that is
     one list column gives one caption per element."""
-    found: dict[str, None] = {}
+    found, rows = [pa.array([], pa.string())], [np.zeros(0, np.int64)]
     for template in templates:
-        names = template_columns(template)
-        value = row.get(names[0])
-        if isinstance(value, list) and template == f"{{{names[0]}}}":
-            texts = [_text(item) for item in value]
-        elif any(_text(row.get(name)) for name in names):
-            texts = [_filled(template, row)]
-        else:
-            texts = []
-        found |= dict.fromkeys(" ".join(text.split()) for text in texts if text.strip())
-    return list(found)
+        filled, row = _filled(template, batch)
+        caption = pc.binary_join(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(filled)), " ")
+        there = pc.not_equal(caption, "").to_numpy(zero_copy_only=False)
+        found.append(caption.filter(pa.array(there)))
+        rows.append(row[there])
+    caption, row = pa.concat_arrays(found), np.concatenate(rows)
+    order = np.argsort(row, kind="stable")
+    if len(np.unique(row)) < len(row):
+        code = caption.dictionary_encode().indices.to_numpy()
+        _, first = np.unique(row * len(code) + code, return_index=True)
+        order = np.sort(first)[np.argsort(row[np.sort(first)], kind="stable")]
+    offsets = np.zeros(len(batch) + 1, np.int32)
+    np.cumsum(np.bincount(row[order], minlength=len(batch)), out=offsets[1:])
+    return pa.ListArray.from_arrays(offsets, caption.take(pa.array(order)))
 
 
-def _filled(template: str, row: Row) -> str:
-    """Not str.format, which takes the dot of a column `name.en` for an attribute."""
-    parts = string.Formatter().parse(template)
-    return "".join(text + ("" if name is None else _text(row.get(name))) for text, name, _, _ in parts)
+def _filled(template: str, batch: Batch) -> tuple[pa.Array, np.ndarray]:
+    """The texts that a template gives, "" where its columns are empty, and the row of each. Not str.format, which takes
+    the dot of a column `name.en` for an attribute."""
+    names, every_row = template_columns(template), np.arange(len(batch))
+    if template == f"{{{names[0]}}}":
+        values, row = exploded(column(batch, names[0]))
+        return texts(values), every_row if row is None else row
+    columns = {name: texts(column(batch, name)) for name in names}
+    pieces: list[Any] = []
+    for text, name, _, _ in string.Formatter().parse(template):
+        pieces += [text] if name is None else [text, columns[name]]
+    empty = functools.reduce(pc.and_, [pc.equal(values, "") for values in columns.values()])
+    return pc.if_else(empty, "", pc.binary_join_element_wise(*pieces, "")), every_row
 
 
 def split_of(key: str, config: SplitConfig) -> str:
@@ -147,6 +162,13 @@ def split_of(key: str, config: SplitConfig) -> str:
     return "test" if share < config.validation + config.test else "train"
 
 
+def columns_read(columns: ColumnsConfig, captions: Iterable[str]) -> frozenset[str]:
+    """The columns that a plan needs."""
+    named = [columns.id, columns.group, columns.split, *(_name_and_type(item)[0] for item in columns.keep)]
+    filled = [name for template in captions for name in template_columns(template)]
+    return frozenset({"image_uri", MALFORMED, *(name for name in named if name is not None), *filled})
+
+
 def plan_units(
     source: Source,
     columns: ColumnsConfig,
@@ -155,20 +177,47 @@ def plan_units(
     unit_rows: int,
     *,
     need_caption: bool = True,
+    first_only: bool = False,
 ) -> Iterator[pa.Table]:
-    """Tables of `unit_rows` planned rows: id, image_uri, captions, group, split, reason, message, kept columns."""
-    duplicates = duplicate_rows(_row_id(row, columns) for row in source.rows())
-    schema, batch = plan_schema(columns), []
-    for number, row in enumerate(source.rows()):
-        planned = _planned(row, columns, captions, split, duplicate=number in duplicates)
-        if planned["reason"] == "empty_caption" and not need_caption:
-            planned |= {"reason": None, "message": None}
-        batch.append(planned)
-        if len(batch) == unit_rows:
-            yield pa.Table.from_pylist(batch, schema)
-            batch = []
-    if batch:
-        yield pa.Table.from_pylist(batch, schema)
+    """Tables of `unit_rows` planned rows: id, image_uri, captions, group, split, reason, message, kept columns. The
+    input is read twice, first its ids alone, because a row is a duplicate by what comes before it. `first_only`: the
+    same first unit, without reading the rest of the input."""
+    at_most = unit_rows if first_only else None
+    duplicates = duplicate_rows(_ids(source, columns, at_most))
+    rows = _Rows(columns, captions, split, need_caption)
+
+    def tables() -> Iterator[pa.Table]:
+        start = 0
+        for batch in source.batches(columns_read(columns, captions)):
+            first, last = np.searchsorted(duplicates, [start, start + len(batch)])
+            yield rows.planned(batch, duplicates[first:last] - start)
+            start += len(batch)
+
+    return itertools.islice(_units(tables(), unit_rows), 1 if first_only else None)
+
+
+def _ids(source: Source, columns: ColumnsConfig, at_most: int | None) -> Iterator[pa.Array]:
+    name, read = columns.id or "image_uri", 0
+    for batch in source.batches({name}):
+        yield texts(column(batch, name))
+        read += len(batch)
+        if at_most is not None and read >= at_most:
+            return
+
+
+def _units(tables: Iterable[pa.Table], unit_rows: int) -> Iterator[pa.Table]:
+    """The same rows, `unit_rows` at a time; the last table has what is left."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) < unit_rows:
+            continue
+        rows = pa.concat_tables(waiting)
+        whole = len(rows) // unit_rows * unit_rows
+        yield from (rows.slice(start, unit_rows).combine_chunks() for start in range(0, whole, unit_rows))
+        waiting = [rows.slice(whole)]
+    if sum(map(len, waiting)):
+        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def not_empty(units: Iterable[pa.Table], path: str) -> Iterator[pa.Table]:
@@ -188,9 +237,8 @@ def whole_groups(units: Iterable[pa.Table], columns: ColumnsConfig) -> Iterator[
     torn: dict[bytes, str] = {}
     for unit in units:
         if columns.group and columns.split:
-            for row in unit.select(["group", "split", "reason"]).to_pylist():
-                if row["group"] is None or row["reason"] is not None:
-                    continue
+            good = unit.filter(pc.and_(pc.is_valid(unit["group"]), pc.is_null(unit["reason"])))
+            for row in good.group_by(["group", "split"], use_threads=False).aggregate([]).to_pylist():
                 key = hashlib.blake2b(row["group"].encode(), digest_size=8).digest()
                 if (first := splits.setdefault(key, row["split"])) != row["split"]:
                     torn.setdefault(key, f'"{row["group"]}", which is in {first} and in {row["split"]}')
@@ -214,77 +262,109 @@ def kept_fields(columns: ColumnsConfig) -> list[pa.Field]:
     return [pa.field(name, TYPES[kind]) for name, kind in map(_name_and_type, columns.keep)]
 
 
-def duplicate_rows(ids: Iterable[str | None]) -> set[int]:
-    """Row numbers whose id came earlier in the input. Hashes (128 bit) and row numbers go to partitions on disk, so
-    memory holds one partition at a time, never all ids."""
-    record = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<i8")])
-    found: set[int] = set()
-    with tempfile.TemporaryDirectory() as folder:
-        buffers: list[bytearray] = [bytearray() for _ in range(HASH_PARTITIONS)]
-        for number, row_id in enumerate(ids):
-            if row_id is None:
-                continue
-            digest = hashlib.blake2b(row_id.encode(), digest_size=16).digest()
-            buffer = buffers[digest[0] % HASH_PARTITIONS]
-            buffer += digest + number.to_bytes(8, "little")
-            if len(buffer) >= 1 << 20:
-                _spill(folder, digest[0] % HASH_PARTITIONS, buffer)
-        for partition, buffer in enumerate(buffers):
-            _spill(folder, partition, buffer)
-            records = np.fromfile(Path(folder) / str(partition), record)
-            records = records[np.lexsort((records["row"], records["low"], records["high"]))]
-            same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
-            found.update(records["row"][1:][same].tolist())
-    return found
+@dataclass(frozen=True)
+class _Rows:
+    """How raw rows become planned ones."""
+
+    columns: ColumnsConfig
+    templates: tuple[str, ...]
+    split: SplitConfig
+    need_caption: bool
+
+    def planned(self, batch: Batch, duplicates: np.ndarray) -> pa.Table:
+        """`duplicates`: the rows of the batch whose id came earlier."""
+        malformed = texts(column(batch, MALFORMED))
+        ids = texts(column(batch, self.columns.id or "image_uri"))
+        captions = captions_of(batch, self.templates)
+        broken = pc.not_equal(malformed, "")
+        if pc.any(broken).as_py():
+            captions = pc.if_else(broken, pa.scalar([], captions.type), captions)
+        uri, not_utf8 = _uris(column(batch, "image_uri"))
+        group = self._texts(batch, self.columns.group)
+        given = self._texts(batch, self.columns.split)
+        twice = np.zeros(len(batch), bool)
+        twice[duplicates] = True
+        found = [
+            (broken, "malformed_row", malformed),
+            (pc.equal(ids, ""), "empty_id", "the row has no id"),
+            (pa.array(twice), "duplicate_id", "an earlier row has this id"),
+        ]
+        if self.need_caption:
+            message = f"nothing to fill {' or '.join(self.templates)} with"
+            found.append((pc.equal(pc.list_value_length(captions), 0), "empty_caption", message))
+        found += [
+            (not_utf8, "malformed_row", _sentence("the picture's path is not UTF-8: ", uri, "")),
+            (
+                by_value(given, lambda name: bool(name) and not SPLIT_NAME.fullmatch(name), pa.bool_()),
+                "bad_split",
+                _sentence('"', given, '" names no split: use letters, digits, "_", "-" and "."'),
+            ),
+        ]
+        first = pc.make_struct(*(condition for condition, _, _ in found))
+        own = {
+            "id": _or_null(ids),
+            "image_uri": _or_null(uri),
+            "captions": captions,
+            "group": _or_null(group),
+            "split": self._splits(given, pc.if_else(pc.equal(group, ""), ids, group)),
+            "reason": pc.case_when(first, *(reason for _, reason, _ in found)),
+            "message": pc.case_when(first, *(message for _, _, message in found)),
+        }
+        kept = {name: kept_values(column(batch, name), kind) for name, kind in map(_name_and_type, self.columns.keep)}
+        return pa.table({**own, **kept}, schema=plan_schema(self.columns))
+
+    def _texts(self, batch: Batch, name: str | None) -> pa.Array:
+        return texts(pa.nulls(len(batch)) if name is None else column(batch, name))
+
+    def _splits(self, given: pa.Array, keys: pa.Array) -> pa.Array:
+        """The split that the row names, else that of its group."""
+        if self.split.validation + self.split.test == 0:
+            return pc.if_else(pc.equal(given, ""), "train", given)
+        own = pc.equal(given, "")
+        hashed = by_value(pc.if_else(own, keys, ""), lambda key: split_of(key, self.split), pa.string())
+        return pc.if_else(own, hashed, given)
 
 
-def _spill(folder: str, partition: int, buffer: bytearray) -> None:
-    with (Path(folder) / str(partition)).open("ab") as file:
-        file.write(buffer)
-    buffer.clear()
+def _sentence(start: str, values: pa.Array, end: str) -> pa.Array:
+    return pc.binary_join_element_wise(start, values, end, "")
 
 
-def _planned(
-    row: Row, columns: ColumnsConfig, templates: tuple[str, ...], split: SplitConfig, *, duplicate: bool
-) -> Row:
-    row_id, reason, message = _row_id(row, columns), None, None
-    captions = captions_of(row, templates) if "\0malformed" not in row else []
-    if "\0malformed" in row:
-        reason, message = "malformed_row", row["\0malformed"]
-    elif row_id is None:
-        reason, message = "empty_id", "the row has no id"
-    elif duplicate:
-        reason, message = "duplicate_id", "an earlier row has this id"
-    elif not captions:
-        reason, message = "empty_caption", f"nothing to fill {' or '.join(templates)} with"
-    group = _text(row.get(columns.group)) or None if columns.group else None
-    given = _text(row.get(columns.split)) if columns.split else ""
-    uri = row.get("image_uri") or ""
-    if reason is None and uri != _utf8(uri):
-        reason, message = "malformed_row", f"the picture's path is not UTF-8: {_utf8(uri)}"
-    if reason is None and given and not SPLIT_NAME.fullmatch(given):
-        reason, message = "bad_split", f'"{given}" names no split: use letters, digits, "_", "-" and "."'
-    planned = {"id": row_id, "image_uri": _utf8(uri) or None, "captions": captions, "group": group}
-    planned |= {
-        "split": given or split_of(group or row_id or "", split),
-        "reason": reason,
-        "message": message,
-    }
-    return planned | {name: _typed(row.get(name), kind) for name, kind in map(_name_and_type, columns.keep)}
+def _or_null(values: pa.Array) -> pa.Array:
+    return pc.if_else(pc.equal(values, ""), None, values)
 
 
-def _row_id(row: Row, columns: ColumnsConfig) -> str | None:
-    return _text(row.get(columns.id or "image_uri")) or None
+def _uris(values: Column) -> tuple[pa.Array, pa.Array]:
+    """The pictures' places, "" for none, and which of them are not UTF-8, as file names and texts of JSON may be."""
+    if isinstance(values, list):
+        try:
+            values = pa.array(values, pa.string())
+        except UnicodeEncodeError:
+            fixed = [utf8(value or "") for value in values]
+            return pa.array(fixed), pa.array([(a or "") != b for a, b in zip(values, fixed, strict=True)])
+    return pc.fill_null(values.cast(pa.string()), ""), pa.array(np.zeros(len(values), bool))
 
 
-def _typed(value: Any, kind: str) -> Any:
-    """The value as the kept column's type; null when it is empty or does not read as that type."""
-    text = _text(value)
+def by_value(values: pa.Array, function: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
+    """`function` of every value, called once per distinct one."""
+    encoded = values.dictionary_encode()
+    return pa.array(map(function, encoded.dictionary.to_pylist()), kind).take(encoded.indices)
+
+
+def kept_values(values: Column, kind: str) -> pa.Array:
+    """The values as the kept column's type; null where empty, or where one does not read as that type."""
+    if kind == "string":
+        return _or_null(texts(values))
+    if kind == "float" and isinstance(values, pa.FloatingPointArray):
+        values = values.cast(pa.float64())
+        return pc.if_else(pc.is_nan(values), None, values)
+    return by_value(texts(values), lambda text: _typed(text, kind), TYPES[kind])
+
+
+def _typed(text: str, kind: str) -> Any:
     try:
         if kind == "bool":
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-        readers: dict[str, Callable[[str], Any]] = {"string": str, "int": _whole, "float": float}
-        return readers[kind](text) if text else None
+        return (_whole(text) if kind == "int" else float(text)) if text else None
     except ValueError:
         return None
 
@@ -295,20 +375,6 @@ def _whole(text: str) -> int:
     if number != number // 1 or not -(2**63) <= number < 2**63:
         raise ValueError(text)
     return int(number)
-
-
-def _text(value: Any) -> str:
-    """The value as text: "" for null and NaN, lists joined by commas."""
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return _utf8(str(value)).strip()
-
-
-def _utf8(text: str) -> str:
-    """Half an emoji, as texts cut to a length hold it, becomes "?"; tables could not store it."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _name_and_type(item: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.retry import planned_row
 from clipdist.schema import ROW_GROUP_ROWS, Stamp, pairs_schema, recorded
-from clipdist.sources import Source, SourceConfig, open_source
+from clipdist.sources import Source, SourceConfig, estimate_rows, open_source
 
 READERS_PER_TASK = 8
 
@@ -95,9 +95,11 @@ def run(config: PrepareConfig) -> Manifest:
 def dry_run(config: PrepareConfig) -> list[tuple[str, str]]:
     """Opens the input and prepares its first rows without writing anything."""
     source, templates = _open(config)
-    unit = next(_plan(config, source, templates, rows=16), None)
+    unit = next(_plan(config, source, templates, first_rows=16), None)
     pairs, rejects = _prepare_rows(unit, config) if unit is not None else ([], [])
     facts = [("input", f"{source.kind}, {len(source.files)} files"), ("columns", ", ".join(source.columns))]
+    rows, exact = estimate_rows(source)
+    facts += [("rows", f"{rows:,}" if exact else f"about {rows:,}")]
     facts += [("first rows", f"{len(pairs)} pairs, {len(rejects)} rejects")]
     facts += [("caption", caption) for pair in pairs[:3] for caption in pair["captions"]]
     return facts + [("reject", f"{reject['id']}: {reject['reason']}: {reject['message']}") for reject in rejects[:3]]
@@ -128,9 +130,10 @@ def _open(config: PrepareConfig) -> tuple[Source, tuple[str, ...]]:
 
 
 def _plan(
-    config: PrepareConfig, source: Source, templates: tuple[str, ...], rows: int | None = None
+    config: PrepareConfig, source: Source, templates: tuple[str, ...], first_rows: int | None = None
 ) -> Iterator[pa.Table]:
-    return planning.plan_units(source, config.columns, templates, config.split, rows or config.unit_rows)
+    size, first_only = first_rows or config.unit_rows, first_rows is not None
+    return planning.plan_units(source, config.columns, templates, config.split, size, first_only=first_only)
 
 
 def _stamp(config: PrepareConfig, source: Source, templates: tuple[str, ...]) -> Stamp:

@@ -89,11 +89,12 @@ def is_file(path: str) -> bool:
         return False
 
 
-def glob(pattern: str) -> list[str]:
-    """The paths that match, sorted."""
+def glob(pattern: str) -> dict[str, int]:
+    """The paths that match, sorted, with their bytes (0 for a folder)."""
     fs, inner = filesystem(pattern)
-    found = sorted(_patiently(fs, pattern, lambda: fs.glob(inner)))
-    return found if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(path) for path in found]
+    found = sorted(_patiently(fs, pattern, lambda: fs.glob(inner, detail=True)).items())
+    local = isinstance(fs, LocalFileSystem)
+    return {path if local else fs.unstrip_protocol(path): int(facts["size"] or 0) for path, facts in found}
 
 
 def size(path: str) -> int:

@@ -153,7 +153,7 @@ def anonymous_bytes(root: int) -> Iterator[tuple[int, int]]:
 
 
 def report(rows: int, store: FaultyStore, lines: list[dict[str, Any]], samples: list[dict[str, float]]) -> None:
-    progress = [line for line in lines if "done" in line and line["done"]]
+    progress = [line for line in lines if line.get("done")]
     first, last = progress[0]["time"], progress[-1]["time"]
     quarter = (last - first) / 4
 
@@ -175,7 +175,9 @@ def report(rows: int, store: FaultyStore, lines: list[dict[str, Any]], samples: 
         print(f"{'MiB of ' + name:<28}{sizes[0]:>14.0f}{sizes[1]:>14.0f}")
     requests = dict(store.requests)
     print(f"requests: {requests}, {sum(requests.values()) / rows:.4f} per row")
-    print(f"objects left: {len(objects)}, of them {len(manifest.files)} shards; {sum(s for _, s in objects) / rows:.0f} bytes/row")
+    print(
+        f"objects left: {len(objects)}, of them {len(manifest.files)} shards; {sum(s for _, s in objects) / rows:.0f} bytes/row"
+    )
     found = {
         "rows": rows,
         "written": {table: manifest.written(table) for table in manifest.planned},

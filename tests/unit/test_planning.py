@@ -1,10 +1,11 @@
 """The plan: every input row once, with its captions, its split and, if it cannot be used, the reason."""
 
+import csv
 import itertools
 import json
 import random
+import re
 import string
-import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from clipdist import planning
+from clipdist import batches, planning, tables
 from clipdist.config import UserError
-from clipdist.planning import ColumnsConfig, SplitConfig, captions_of, duplicate_rows, split_of
+from clipdist.planning import ColumnsConfig, SplitConfig, captions_of, split_of
 from clipdist.sources import Source, SourceConfig, open_source
 
 COLUMNS, SPLIT = ColumnsConfig(), SplitConfig()
@@ -137,7 +138,7 @@ def test_captions(templates: tuple[str, ...], expected: list[str]) -> None:
         "tags": ["new", "wool, soft", None], "name.en": "dotted", "name[0]": "indexed", "price": 9.5,
         "weight": float("nan"),
     }  # fmt: skip
-    assert captions_of(row, templates) == expected
+    assert captions_of([row], templates).to_pylist() == [expected]
 
 
 @pytest.mark.parametrize("template", ["no column", "{", "}", "{a!r}", "{a:>5}", "", "{{a}}"])
@@ -190,6 +191,20 @@ def test_half_emoji_as_ids_do_not_stop_the_job(tmp_path: Path) -> None:
     assert (rows[0]["id"], rows[0]["captions"]) == ("a?", ["t?"])
 
 
+def test_a_catalog_row_without_a_caption_is_judged_like_any_other(tmp_path: Path) -> None:
+    lines = [
+        '{"id": 1, "image": "\\udcff.jpg", "title": "", "split": "a"}',
+        '{"id": 2, "image": "x", "title": "", "split": "a/b"}',
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = open_source(SourceConfig(path=str(tmp_path / "t.jsonl")))
+    rows = planned(source, columns=ColumnsConfig(split="split"), need_caption=False)
+    assert [(row["reason"], row["message"].split(":")[0]) for row in rows] == [
+        ("malformed_row", "the picture's path is not UTF-8"),
+        ("bad_split", '"a/b" names no split'),
+    ]
+
+
 def test_units_have_the_rows_asked_for(tmp_path: Path) -> None:
     source = source_of(tmp_path, pairs(10))
     units = list(planning.plan_units(source, ColumnsConfig(), ("{title}",), SplitConfig(), 4))
@@ -220,32 +235,6 @@ def test_the_first_row_of_an_id_wins(tmp_path: Path) -> None:
     found = planned(source_of(tmp_path, rows), unit_rows=2)
     assert [row["captions"] for row in found if row["reason"] is None] == [["0"], ["1"], ["3"]]
     assert [row["reason"] for row in found].count("duplicate_id") == 3
-
-
-def test_duplicates_of_a_large_input_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No partition is large; and 20,000 ids of 2000 characters, 40 MB, take little."""
-    numbers = np.random.default_rng(0).integers(0, 190_000, 200_000)
-    seen: set[int] = set()
-    expected = {row for row, n in enumerate(numbers.tolist()) if n in seen or seen.add(n)}  # type: ignore[func-returns-value]
-    real, spills = planning._spill, []
-
-    def spill(folder: str, partition: int, buffer: bytearray) -> None:
-        spills.append(len(buffer))
-        real(folder, partition, buffer)
-
-    monkeypatch.setattr(planning, "_spill", spill)
-    assert duplicate_rows(str(n) for n in numbers.tolist()) == expected
-    assert sum(spills) == len(numbers) * 24
-    assert max(spills) < sum(spills) / 32
-    tracemalloc.start()
-    duplicate_rows(f"{n:02000d}" for n in range(20_000))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4e6
-
-
-def test_rows_without_an_id_are_not_duplicates_of_each_other() -> None:
-    assert duplicate_rows(["a", None, None, "", "", "a"]) == {4, 5}
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -347,6 +336,95 @@ def test_a_column_that_tears_groups_is_refused_with_an_example(tmp_path: Path) -
 def test_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(ValidationError, match="leave nothing to train on"):
         SplitConfig(validation=0.5, test=0.5)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+NASTY = [
+    "", " ", "a", " a ", "a\u00a0b", "\x1cx\x85", "\u3000", "two  spaces", "line\nbreak", "한글", "cut \ud83d", "nan", "1.0",
+    "7", "-7", "1e400", "1_0", "٣", "yes", "FALSE", "train", "a/b", "x.jpg", "/abs.jpg", "file:///f.jpg", "s3://b/k",
+    None, 7, -7, 10**30, 1.0, 0.1, float("nan"), float("inf"), True, False, [], ["a", None, " b "], [["a"], 1], {"k": "v"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_are_planned_alike_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """A batch of plain values goes through Arrow, one with odd values through Python, so rows one by one show whether
+    the two ways agree; and no row depends on its neighbours but by its id."""
+    draw = random.Random(seed)
+    names = ("id", "image", "title", "tags", "product", "part", "price")
+    columns = {name: [value for value in NASTY if draw.random() < draw.choice([0.2, 0.9])] or [""] for name in names}
+    rows = [{name: draw.choice(values) for name, values in columns.items() if draw.random() < 0.9} for _ in range(400)]
+    rows = [dict.fromkeys(names, "first"), *rows]
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps(row) for row in rows]
+    for bad in ("[1]", "{", "7", ""):
+        lines.insert(draw.randrange(1, len(lines)), bad)
+    path.write_text("\n".join(lines))
+    keep = ("price:float", "tags:string", "product:int", "part:bool", "title")
+    how = ColumnsConfig(group="product", split="part", keep=keep)
+    templates = ("{tags}", "{title} of  {product}", "{title}")
+    found = []
+    for size in (1, 7, 10_000):
+        monkeypatch.setattr(batches, "BATCH_ROWS", size)
+        monkeypatch.setattr(tables, "JSONL_BLOCK_LINES", size)
+        source = open_source(SourceConfig(path=str(path)))
+        found.append(repr(planned(source, templates, how, SplitConfig(validation=0.3), unit_rows=50)))
+    assert found[0] == found[1] == found[2]
+    assert found[0].count("'reason': 'malformed_row'") >= 3
+    assert "'reason': 'duplicate_id'" in found[0]
+
+
+def test_a_table_has_the_same_plan_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BATCH_ROWS", 7)
+    values = [value for value in NASTY if isinstance(value, str) and "\ud83d" not in value]
+    draw = random.Random(0)
+    rows = [{name: draw.choice(values) for name in ("id", "image", "title", "part", "price")} for _ in range(300)]
+    table = pa.Table.from_pylist(rows)
+    how = ColumnsConfig(group="title", split="part", keep=("price:float",))
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=50)
+    pq.write_table(pa.table([c.dictionary_encode() for c in table.columns], table.schema.names), tmp_path / "d.parquet")
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerows([table.schema.names, *(row.values() for row in rows)])
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plans = [
+        repr(planned(open_source(SourceConfig(path=str(tmp_path / name))), ("{title}, {price}", "{title}"), how))
+        for name in ("t.jsonl", "t.parquet", "d.parquet", "t.csv")
+    ]
+    assert plans[1:] == plans[:1] * 3
+    assert {"duplicate_id", "empty_id", "empty_caption", "bad_split"} <= set(re.findall(r"'reason': '(\w+)'", plans[0]))
+
+
+def test_a_dry_run_plans_the_same_first_unit_without_reading_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "BATCH_ROWS", 3)
+    rows = [{"id": n % 4, "image": f"{n}.jpg", "title": str(n)} for n in range(1000)]
+    source = source_of(tmp_path, rows)
+    whole = planned(source, unit_rows=5)
+    read = []
+    real = tables.image_uri
+    monkeypatch.setattr(tables, "image_uri", lambda *args: read.append(1) or real(*args))
+    assert planned(source, unit_rows=5, first_only=True) == whole[:5]
+    assert [row["reason"] for row in whole[:5]] == [None, None, None, None, "duplicate_id"]
+    assert len(read) < 10
+
+
+def test_a_plan_takes_no_more_memory_for_more_rows(tmp_path: Path) -> None:
+    def most(count: int) -> int:
+        path = tmp_path / f"{count}.parquet"
+        ids = pa.array(range(count))
+        pq.write_table(pa.table({"id": ids, "image": ids.cast(pa.string()), "title": ids}), path, row_group_size=10_000)
+        source = open_source(SourceConfig(path=str(path)))
+        before, peak, rows = pa.total_allocated_bytes(), 0, 0
+        for unit in planning.plan_units(source, COLUMNS, ("a title {title}",), SPLIT, 500):
+            rows += len(unit)
+            peak = max(peak, pa.total_allocated_bytes() - before)
+        assert rows == count
+        return peak
+
+    assert most(160_000) < 1.5 * most(40_000)
 
 
 def test_a_parquet_input(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipdist import storage
+from clipdist import sources, storage, tables
 from clipdist.config import UserError
-from clipdist.sources import Row, Source, SourceConfig, open_source
+from clipdist.sources import Row, Source, SourceConfig, estimate_rows, open_source
 
 
 def opened(path: Path | str, **settings: Any) -> Source:
@@ -137,6 +137,18 @@ def test_parquet_with_pictures(tmp_path: Path, column: pa.Array, leaf: str) -> N
         {"id": "a", "image_uri": f"{path}#row=0:0:{leaf}"},
         {"id": "b", "image_uri": f"{path}#row=0:1:{leaf}"},
         {"id": "c", "image_uri": f"{path}#row=1:0:{leaf}"},
+    ]
+
+
+def test_an_empty_row_group_of_pictures_is_counted(tmp_path: Path) -> None:
+    table = pa.table({"id": ["a"], "image": [b"x"]})
+    with pq.ParquetWriter(tmp_path / "t.parquet", table.schema) as writer:
+        for rows in (table, table.slice(1), table):
+            writer.write_table(rows)
+    found = [row["image_uri"] for row in rows_of(tmp_path / "t.parquet")]
+    assert found == [
+        f"{tmp_path}/t.parquet#row={group}:0:image"
+        for group in (0, pq.read_metadata(tmp_path / "t.parquet").num_row_groups - 1)
     ]
 
 
@@ -362,3 +374,165 @@ def test_inputs_on_s3(bucket: str, tmp_path: Path) -> None:
     assert row["image_uri"] == f"{bucket}/parquet/t.parquet#row=0:0:image"
     assert len(opened(f"{bucket}/folder").fingerprint()["content"]) == 2
     assert "no such file or folder" in refused(f"{bucket}/nothing")
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_only_wanted_columns_are_read(tmp_path: Path) -> None:
+    rows = {"id": ["1"], "image": ["a.jpg"], "title": ["t"], "last": ["l"]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    write(tmp_path / "t.csv", "id,image,title,last\n1,a.jpg,t,l\n")
+    for name, extra in (("t.parquet", set[str]()), ("t.csv", {"last"})):
+        source = opened(tmp_path / name)
+        (batch,) = source.batches({"id"})
+        assert set(batch.schema.names) == {"id"} | extra
+        (batch,) = source.batches({"title", "image_uri"})
+        assert set(batch.schema.names) == {"title", "image", "image_uri"} | extra
+
+
+def test_where_pictures_are_by_the_column() -> None:
+    values = [
+        "",
+        " ",
+        None,
+        "a.jpg",
+        " /a b.jpg\u00a0",
+        "file:///x",
+        "file://y",
+        "a/file://z",
+        "s3://b/k",
+        "한글.jpg",
+        "x:/y",
+    ]
+    for kind in (pa.string(), pa.large_string()):
+        for folder in ("/shop", "s3://bucket/x/", ""):
+            expected = [tables.image_uri(value, folder) for value in values]
+            assert tables.image_uris(pa.array(values, kind), folder).to_pylist() == expected
+    for odd in (pa.array([1, None]), pa.array([1.5, float("nan")]), pa.array([["a"], None]), pa.nulls(2)):
+        expected = [tables.image_uri(value, "/shop") for value in odd.to_pylist()]
+        assert tables.image_uris(odd, "/shop").to_pylist() == expected
+
+
+def test_lines_of_jsonl_are_not_read_into_each_other(tmp_path: Path) -> None:
+    """Lines that together would be valid JSON, as many objects as lines, but are not so by themselves."""
+    lines = [
+        '{"image": "a", "list": [{"x": 1}',
+        '{"y": 2}]}',
+        '{"image": "b"},{"image": "c"}',
+        '{"image": "d"',
+        '"z": 1}',
+        '{"image": "e"}',
+    ]
+    found = rows_of(write(tmp_path / "t.jsonl", "\n".join(lines)))
+    assert [row.get("image") for row in found] == [None] * 5 + ["e"]
+    assert [row["\0malformed"].split(":")[1] for row in found[:5]] == ["1", "2", "3", "4", "5"]
+
+
+def test_a_number_too_long_for_python_is_a_malformed_row(tmp_path: Path) -> None:
+    found = rows_of(write(tmp_path / "t.jsonl", '{"image": "a"}\n{"image": ' + "9" * 5000 + "}\n"))
+    assert "not valid JSON" in found[1]["\0malformed"]
+
+
+def test_parquet_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, ["id", "image", "id"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert "must name the columns, each once" in refused(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("place", ["", "/*.jpg", "/*/*.jpg", "/a.jpg"])
+def test_only_captions_that_are_there_and_wanted_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    for name in ("a.jpg", "b.jpg", "c.jpg", "sub/a.jpg", "sub/b.jpg"):
+        write(tmp_path / name, b"x")
+    write(tmp_path / "a.txt", "one")
+    write(tmp_path / "sub/b.txt", "two")
+    source = opened(f"{tmp_path}{place}", kind="folder")
+    requests: list[str] = []
+
+    def seen(path: str, *_: object) -> bytes:
+        requests.append(path)
+        return Path(path).read_bytes()
+
+    for name in ("read_bytes", "exists", "size", "open_read"):
+        monkeypatch.setattr(storage, name, seen)
+    assert all("text" not in row for batch in source.batches({"id", "image_uri"}) for row in batch)
+    assert requests == []
+    texts = {row["id"]: row["text"] for row in source.rows()}
+    expected = {"a": "one", "b": "", "c": "", "sub/a": "", "sub/b": "two"}
+    assert texts == {name: expected[name] for name in texts}
+    assert sorted(requests) == [f"{tmp_path}/{name}.txt" for name in sorted(texts) if expected[name]]
+
+
+def test_the_fingerprint_has_the_captions_where_they_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg", b"x")
+    write(tmp_path / "a.txt", "one")
+    before = [opened(tmp_path).fingerprint(wanted) for wanted in (None, {"text"}, {"id"})]
+    write(tmp_path / "a.txt", "two")
+    after = [opened(tmp_path).fingerprint(wanted) for wanted in (None, {"text"}, {"id"})]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True]
+
+
+def test_deep_folders_with_captions_on_s3_are_no_classes(bucket: str) -> None:
+    for name in ("deep/a/1.jpg", "deep/a/1.txt"):
+        storage.write_atomic(f"{bucket}/{name}", b"x")
+    assert opened(f"{bucket}/deep").kind == "folder"
+
+
+def test_jsonl_on_s3(bucket: str) -> None:
+    lines = [json.dumps({"id": n, "image": f"{n}.jpg"}) for n in range(1000)]
+    storage.write_atomic(f"{bucket}/lines/t.jsonl", "\n".join(lines).encode())
+    found = rows_of(f"{bucket}/lines")
+    assert [row["id"] for row in found] == list(range(1000))
+    assert found[-1]["image_uri"] == f"{bucket}/lines/999.jpg"
+
+
+# --- how many rows there are -----------------------------------------------------------------------------------------
+
+
+def test_small_inputs_folders_and_footers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "t.csv", 'id,image\n1,"a\nb"\n2,b\n3,c,ragged\n')
+    assert estimate_rows(opened(tmp_path / "t.csv")) == (3, True)
+    write(tmp_path / "empty.csv", "id,image\n")
+    assert estimate_rows(opened(tmp_path / "empty.csv")) == (0, True)
+    write(tmp_path / "t.jsonl", '{"image": 1}\n\nbad\n')
+    assert estimate_rows(opened(tmp_path / "t.jsonl")) == (2, True)
+    tar = write_tar(tmp_path / "t.tar", {"1.jpg": b"x", "1.txt": b"t", "2.jpg": b"x"})
+    assert estimate_rows(opened(tar)) == (2, True)
+    write(tmp_path / "folder/a.jpg", b"x")
+    assert estimate_rows(opened(tmp_path / "folder")) == (1, True)
+    for n in range(6):
+        rows = [str(number) for number in range(100 + n)]
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": rows, "image": rows}), tmp_path / "parquet" / f"{n}.parquet")
+    assert estimate_rows(opened(tmp_path / "parquet")) == (615, True)
+    monkeypatch.setattr(sources, "FOOTERS", 3)
+    rows, exact = estimate_rows(opened(tmp_path / "parquet"))
+    assert (590 < rows < 640, exact) == (True, False)
+
+
+def test_large_inputs_are_estimated_from_their_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "COUNTED_BYTES", 10_000)
+    read: list[int] = []
+    real = storage.read_bytes
+
+    def counted(path: str, start: int | None = None, end: int | None = None) -> bytes:
+        data = real(path, start, end)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    lines = [f'{n:05d},"a picture\nwith, a line break",{"x" * (n % 50)}' for n in range(5000)]
+    for n in range(6):
+        write(tmp_path / "csv" / f"{n}.csv", "id,image,title\n" + "\n".join(lines))
+        write(tmp_path / "jsonl" / f"{n}.jsonl", "\n".join(json.dumps({"image": line}) for line in lines))
+        members = {f"{k:03d}.{kind}": b"x" * 3000 for k in range(300) for kind in ("jpg", "txt")}
+        write_tar(write(tmp_path / "tar" / f"{n}.tar", b""), members)
+    for name, expected in (("csv", 30_000), ("jsonl", 30_000), ("tar", 1800)):
+        rows, exact = estimate_rows(opened(tmp_path / name))
+        assert not exact
+        assert abs(rows - expected) < 0.05 * expected, name
+    assert sum(read) <= 80_000
+    write(tmp_path / "long.jsonl", json.dumps({"image": "x" * 50_000}) + "\n")
+    assert estimate_rows(opened(tmp_path / "long.jsonl")) == (5, False), "of one line no end was seen"

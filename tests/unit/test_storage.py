@@ -393,7 +393,7 @@ def everything(uri: str) -> None:
     assert storage.read_bytes(f"{uri}/a") == big
     assert storage.read_bytes(f"{uri}/a", 5, 250_000) == big[5:250_000]
     assert storage.names(uri) == ["a", "b", "folder", "once"]
-    assert storage.glob(f"{uri}/*") == [f"{uri}/{name}" for name in ("a", "b", "folder", "once")]
+    assert list(storage.glob(f"{uri}/*")) == [f"{uri}/{name}" for name in ("a", "b", "folder", "once")]
     assert len(list(storage.walk_files(uri))) == 4
     with storage.open_read(f"{uri}/a") as file:
         file.seek(200_000)
