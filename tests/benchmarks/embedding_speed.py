@@ -9,8 +9,8 @@ job       `clipdist embed`, a CSV with paths in, images alone, output on disk;
 peer      `clip-retrieval inference` where --peer-python names an interpreter that has it; and always a DataLoader loop.
 
 The ceiling is 1 / (1 / encode + 1 / decode) on CPUs, where both share the cores, and the smaller one on GPUs. Rates of
-job and peer are steady ones, from when the first results of all their workers were there to the last result (what was
-read ahead by then counts for them). start_up_seconds is the rest of the job's whole time: Python, Ray, plan, models,
+job and peer are steady ones, from when a quarter of the results were there to the last result (what was read ahead by
+then counts for them). start_up_seconds is the rest of the job's whole time: Python, Ray, plan, models,
 end.
 
 Both peers are tried with several numbers of workers and rows per batch on --trial photos; the best one is measured.
@@ -173,8 +173,9 @@ def measure(
 
 
 def steady_rate(results: Sequence[tuple[float, int]], workers: int) -> float:
-    """Images/s from results (time, rows): those after the first ones, one per worker, as workers finish together."""
-    first = min(workers, len(results) // 2)
+    """Images/s from results (time, rows): those after the first quarter, which may have waited for a writer to start
+    and then come all at once, and after one per worker, as workers finish together."""
+    first = min(max(workers, len(results) // 4), len(results) // 2)
     assert first, "there are not enough results"
     return sum(rows for _, rows in results[first:]) / (results[-1][0] - results[first - 1][0])
 
@@ -188,6 +189,7 @@ def run_job(output: Path, table: Path, model: Path, settings: Sequence[str]) -> 
         "output": str(output),
     }
     path = peers.write_config(output.with_name(output.name + ".yaml"), config)
+    os.environ["RAY_ADDRESS"] = "local"  # not whatever cluster runs on this machine
     started = time.monotonic()
     peers.clipdist("embed", path, *settings)
     return time.monotonic() - started
