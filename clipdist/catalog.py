@@ -81,6 +81,8 @@ class EmbedConfig(Section):
     """Pictures with more pixels are rejected undecoded."""
     allow_private_hosts: bool = False
     """Whether http(s) pictures may come from addresses inside your network."""
+    use_gpu: bool | None = None
+    """null: if the cluster has GPUs now; true: also when it only gets them once they are asked for."""
     encoders: int | None = Field(None, ge=1)
     """Encoding actors; null: one per GPU of the cluster; on CPUs one per core, at most 8, fewer for a small input."""
 

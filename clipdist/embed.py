@@ -33,6 +33,7 @@ from clipdist.encoding import (
     texts_of,
     to_bytes,
 )
+from clipdist.estimate import Sample, estimate
 from clipdist.images import Preprocess
 from clipdist.joining import join_shards
 from clipdist.ledger import Ledger
@@ -42,6 +43,7 @@ from clipdist.schema import Dtype, embeddings_schema, stored_dtype
 from clipdist.shards import encode_shard
 
 UNITS_PER_ENCODER = 4
+SAMPLE_ROWS = 32
 INIT_DEATHS = 3
 """How often in a row an encoder may die while it loads its model."""
 KILLS = ["kills_worker", "its process died twice over this row alone (out of memory, or a crash)"]
@@ -80,20 +82,27 @@ def run(config: EmbedConfig) -> Manifest:
 
 
 def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
-    """Opens the input, builds the model and encodes a few rows; writes nothing."""
+    """Opens the input, builds the model, embeds a few rows, and says what all of them will take; writes nothing."""
     model = models.load(config.model)
-    unit = next(iter(catalog.plan(config, rows=4)), None)
-    rows = unit.to_pylist() if unit is not None else []
-    loaded = load_rows(rows, config, model.preprocess, Times())
-    pixels = stack(loaded, model.preprocess.size)
-    some = pixels if len(pixels) else np.zeros_like(pixels, shape=(1, *pixels.shape[1:]))
-    vectors = Encoder(config, model).images(some)
-    rejects = rejects_of(loaded)
+    unit = next(iter(catalog.plan(config, rows=SAMPLE_ROWS)), None)
+    plan = unit if unit is not None else pa.table({})
+    rows, times, encoder = plan.to_pylist(), Times(), Encoder(config, model)
+    encoder.images(np.zeros((1, model.preprocess.size, model.preprocess.size, 3), np.uint8))  # so that it is warm
+    started = time.monotonic()
+    loaded = load_rows(rows, config, model.preprocess, times)
+    vectors = encoder.images(stack(loaded, model.preprocess.size))
+    texts = texts_of(rows, config)
+    told = encoder.texts(texts)
+    seconds, rejects = time.monotonic() - started, rejects_of(loaded)
+    lengths = np.linalg.norm(np.concatenate([vectors, told]).astype(np.float32), axis=1)
+    pictures = sum(times.bytes) / max(len(times.bytes), 1)
+    sample = Sample(len(rows), len(texts), plan.nbytes / max(len(rows), 1), pictures, seconds)
     return [
         ("model", f"{model.dim} dimensions, {model.preprocess.size} px, {len(model.terms)} domain terms"),
         ("first rows", f"{len(rows)} read, {len(rejects)} rejected"),
-        ("vector length", f"{float(np.linalg.norm(vectors[0].astype(np.float32))):.4f}"),
-        *(("reject", f"{rows[int(index)]['id']}: {message}") for index, (_, message) in rejects.items()),
+        ("vector length", f"{lengths.mean():.4f}" if len(lengths) else "none"),
+        *estimate(config, model.dim, sample),
+        *(("reject", f"{rows[int(index)]['id']}: {message}") for index, (_, message) in list(rejects.items())[:5]),
     ]
 
 
@@ -243,7 +252,7 @@ def _pipeline(
     todo: ray.data.Dataset, ledger: Ledger, watch: Any, config: EmbedConfig, preprocess: Preprocess
 ) -> ray.data.Dataset:
     """On GPUs an actor owns one; on CPUs actors ask for half of their cores, so that loading finds a slot."""
-    cpus, gpus = runtime.cpus(), runtime.gpus()
+    cpus, gpus = runtime.cpus(), _gpus(config)
     few = max(1, len(ledger.units) // UNITS_PER_ENCODER)  # each actor loads the model: not worth it for a small input
     encoders = config.encoders or (gpus if gpus else min(cpus, 8, few))
     threads = max(1, cpus // encoders)
@@ -262,11 +271,23 @@ def _pipeline(
             "slots": encoders if gpus else cpus,
             "watch": watch,
         },
-        compute=ray.data.ActorPoolStrategy(size=encoders, max_tasks_in_flight_per_actor=2),
+        # Beside a GPU the next unit is fetched, and the last one handed on, while one is encoded.
+        compute=ray.data.ActorPoolStrategy(
+            size=encoders,
+            max_tasks_in_flight_per_actor=4 if gpus else 2,
+            max_concurrent_calls_per_actor=2 if gpus else 1,
+        ),
         num_cpus=cores,
         num_gpus=1 if gpus else 0,
     )
     return encoded.map(partial(write_unit, ledger=ledger, config=config, cores=cpus), num_cpus=0.3)
+
+
+def _gpus(config: EmbedConfig) -> int:
+    """GPUs to encode on. A cluster that grows may have none yet."""
+    if config.use_gpu is None:
+        return runtime.gpus()
+    return max(runtime.gpus(), config.encoders or 1) if config.use_gpu else 0
 
 
 class _Rescuer:
@@ -285,7 +306,7 @@ class _Rescuer:
 
 def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preprocess) -> dict[str, Any]:
     """Commits a unit that killed its process: its rows are tried in halves, at last each alone."""
-    plan, gpus = ledger.rows(unit), runtime.gpus()
+    plan, gpus = ledger.rows(unit), _gpus(config)
     options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
     actors: list[Any] = []
 

@@ -111,7 +111,7 @@ class Encoder:
     """A model on its device, loaded once: units of pixels and texts become unit vectors [rows, dim]."""
 
     def __init__(self, config: EmbedConfig, model: Towers | None = None, threads: int | None = None) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() and model is None else "cpu")
+        self.device = torch.device("cuda" if torch.cuda.is_available() and config.use_gpu is not False else "cpu")
         if self.device.type == "cpu" and threads is not None:
             torch.set_num_threads(threads)
             keep_freed()

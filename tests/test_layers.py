@@ -65,6 +65,7 @@ LEARN = [
     "outputs",
     "catalog",
     "encoding",
+    "estimate",
     "validation",
     "opening",
     "loop",

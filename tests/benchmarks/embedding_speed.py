@@ -24,11 +24,13 @@ The last line is JSON; ratio_to_peer is the job over clip-retrieval, or over the
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipdist import models
-from clipdist.ledger import read_manifest
+from clipdist.manifest import read_manifest
 from clipdist.models import ModelConfig
 from clipdist.outputs import ENCODE_ROWS
 
@@ -162,8 +164,9 @@ def measure(
         for way in sides[:: -1 if number % 2 else 1]:
             run = home / f"{way.name.split()[-1] if way else 'job'}-{number}"
             if way is None:
-                walls.append(run_job(run, home / "photos.csv", model, options.job))
-                note("job", steady_rate(committed(run), min(torch.cuda.device_count() or peers.cores(), 8)), number)
+                wall, units = run_job(run, home / "photos.csv", model, options.job)
+                walls.append(wall)
+                note("job", steady_rate(units, min(torch.cuda.device_count() or peers.cores(), 8)), number)
                 vectors["job"] = job_vectors(run)
             else:
                 results, vectors[way.name] = run_peer(run, home / "photos", way, model)
@@ -180,8 +183,8 @@ def steady_rate(results: Sequence[tuple[float, int]], workers: int) -> float:
     return sum(rows for _, rows in results[first:]) / (results[-1][0] - results[first - 1][0])
 
 
-def run_job(output: Path, table: Path, model: Path, settings: Sequence[str]) -> float:
-    """`clipdist embed` in a process of its own; its whole time."""
+def run_job(output: Path, table: Path, model: Path, settings: Sequence[str]) -> tuple[float, list[tuple[float, int]]]:
+    """`clipdist embed` in a process of its own: its whole time, and (time, rows) of every unit in order."""
     config = {
         "model": {"name": str(model)},
         "catalog": {"source": {"path": str(table)}},
@@ -190,15 +193,27 @@ def run_job(output: Path, table: Path, model: Path, settings: Sequence[str]) -> 
     }
     path = peers.write_config(output.with_name(output.name + ".yaml"), config)
     os.environ["RAY_ADDRESS"] = "local"  # not whatever cluster runs on this machine
+    found: dict[str, tuple[float, int]] = {}
+    ended = threading.Event()
+    watch = threading.Thread(target=watch_commits, args=(output / "commits", found, ended))
+    watch.start()
     started = time.monotonic()
-    peers.clipdist("embed", path, *settings)
-    return time.monotonic() - started
+    try:
+        peers.clipdist("embed", path, *settings)
+    finally:
+        ended.set()
+        watch.join()
+    return time.monotonic() - started, sorted(found.values())
 
 
-def committed(output: Path) -> list[tuple[float, int]]:
-    """(time, rows) of every unit of a finished output, in the order in which they were committed."""
-    records = (output / "commits").glob("*.json")
-    return sorted((path.stat().st_mtime, sum(json.loads(path.read_text())["planned"].values())) for path in records)
+def watch_commits(folder: Path, found: dict[str, tuple[float, int]], ended: threading.Event) -> None:
+    """Notes the commits as they come: when their shard is joined, they go."""
+    while not ended.wait(0.1):
+        for path in folder.glob("*.json") if folder.exists() else ():
+            if path.name not in found:
+                with contextlib.suppress(FileNotFoundError):
+                    rows = sum(json.loads(path.read_text())["planned"].values())
+                    found[path.name] = path.stat().st_mtime, rows
 
 
 def job_vectors(output: Path) -> NDArray[np.float32]:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import Field, model_validator
 
+from clipdist.catalog import CatalogConfig, EmbedConfig
 from clipdist.config import Section, UserError, differences, dump, explain, flatten, load
-from clipdist.embed import CatalogConfig, EmbedConfig
 from clipdist.evaluate import EvaluateConfig
 from clipdist.models import ModelConfig
 from clipdist.planning import ColumnsConfig, SplitConfig

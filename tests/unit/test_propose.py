@@ -26,7 +26,7 @@ CAPTIONS = {
 def pairs(tmp_path: Path) -> Manifest:
     """Pairs with two splits, each row its own row group."""
     stamp = Stamp("pairs", {})
-    ledger = begin(str(tmp_path / "pairs"), stamp, lambda: ([pa.table({"id": ["x"] * 4})], {}))
+    ledger = begin(str(tmp_path / "pairs"), stamp, lambda: [pa.table({"id": ["x"] * 4})])
     tables = {}
     for split, rows in CAPTIONS.items():
         table = pa.Table.from_pylist(
