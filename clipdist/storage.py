@@ -20,6 +20,9 @@ from fsspec.implementations.local import LocalFileSystem
 from clipdist import patience
 from clipdist.config import UserError
 
+MORE_THAN_ANY = 1 << 50
+"""Bytes: no object of a store is so large."""
+
 Filesystem: TypeAlias = Any  # an fsspec.AbstractFileSystem; fsspec has no types
 Result = TypeVar("Result")
 
@@ -228,6 +231,8 @@ def _create_file(inner: str, data: bytes) -> None:
 
 
 def _read(fs: Filesystem, inner: str, start: int | None, end: int | None) -> bytes:
+    if start is None and end is None and _is_s3(fs):
+        start, end = 0, MORE_THAN_ANY  # a range is one request; for a whole object s3fs asks for its size first
     try:
         return bytes(fs.cat_file(inner, start=start, end=end))
     except OSError as error:
@@ -237,7 +242,7 @@ def _read(fs: Filesystem, inner: str, start: int | None, end: int | None) -> byt
 
 
 def _holds(fs: Filesystem, inner: str, data: bytes) -> bool:
-    """Whether a file has this content. A range is one request; for a whole object s3fs asks for its size first."""
+    """Whether a file has this content."""
     try:
         return _read(fs, inner, 0, len(data) + 1) == data
     except FileNotFoundError:  # removed since

@@ -10,6 +10,7 @@ The last line is JSON. memory_growth and rate_growth are last quarter over secon
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -88,6 +89,7 @@ def counting_store() -> Iterator[FaultyStore]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address, port = server.get_host_and_port()
@@ -158,8 +160,8 @@ def report(rows: int, store: FaultyStore, lines: list[dict[str, Any]], samples: 
     quarter = (last - first) / 4
 
     def rate(start: float, end: float) -> float:
-        inside = [line for line in progress if start - 1 <= line["time"] <= end + 1]
-        return float((inside[-1]["done"] - inside[0]["done"]) / (inside[-1]["time"] - inside[0]["time"]))
+        times, done = [line["time"] for line in progress], [line["done"] for line in progress]
+        return float(np.interp(end, times, done) - np.interp(start, times, done)) / (end - start)
 
     def memory(name: str, start: float) -> float:
         return statistics.median(one[name] for one in samples if start <= one["time"] <= start + quarter)
