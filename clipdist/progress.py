@@ -51,6 +51,8 @@ class Progress:
     def _line(self) -> None:
         fields = {"job": self.name, "done": self.done, "total": self.total, "unit": self.unit}
         fields |= {"per_second": round(self.rate(), 1), "seconds": round(time.monotonic() - self._started, 1)}
+        if self.total and self.rate() > 0:
+            fields["eta_seconds"] = round((self.total - self.done) / self.rate())
         print(json.dumps(fields | self.facts, default=str), file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:

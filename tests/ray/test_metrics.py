@@ -1,0 +1,34 @@
+"""What Ray exports to Prometheus while a job runs."""
+
+import time
+import urllib.request
+
+import pytest
+import ray
+
+from clipdist.units import Metrics
+
+WAIT_SECONDS = 60
+
+
+@pytest.mark.timeout(120)
+def test_rows_rejects_bytes_and_seconds_are_exported(local_ray: None) -> None:
+    metrics = Metrics("counted")
+    facts = {"bytes": 10, "seconds": {"fetch": 1.5, "encode": 0.0}}
+    metrics.add(100, {"images": {"missing": 3}}, facts, 7.0)
+    port, found, deadline = ray.nodes()[0]["MetricsExportPort"], "", time.monotonic() + WAIT_SECONDS
+    while "ray_clipdist_rows_total" not in found:
+        assert time.monotonic() < deadline, "nothing of ours is exported"
+        time.sleep(1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            found = answer.read().decode()
+    lines = [line for line in found.splitlines() if 'job="counted"' in line]
+    values = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert values == {
+        "ray_clipdist_rows_total": 100,
+        "ray_clipdist_rejected_rows_total": 3,
+        "ray_clipdist_read_bytes_total": 10,
+        "ray_clipdist_stage_seconds_total": 1.5,
+        "ray_clipdist_rows_per_second": 7,
+    }
+    assert any('reason="missing"' in line and 'table="images"' in line for line in lines)
