@@ -103,9 +103,8 @@ def counting_store() -> Iterator[FaultyStore]:
 
 def embed(home: Path, catalog: Path, settings: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
     """The job's JSON lines, each with the time at which it came, and samples of memory."""
-    (home / "tiny.json").write_text(json.dumps(TINY_CLIP))
     config = {
-        "model": {"name": str(home / "tiny.json")},
+        "model": {"name": str(peers.starting_point(home / "model", TINY_CLIP))},
         "catalog": {"source": {"path": str(catalog)}, "captions": ["{title}"]},
         "output": "s3://clipdist/embeddings",
     }

@@ -138,10 +138,11 @@ def write_config(path: Path, config: dict[str, Any]) -> str:
     return str(path)
 
 
-def starting_point(folder: Path, model: str | None) -> Path:
-    """Random weights in open_clip's local-dir layout, from which both sides start. `model`: an open_clip name."""
+def starting_point(folder: Path, model: str | dict[str, Any] | None) -> Path:
+    """Random weights in open_clip's local-dir layout, from which both sides start. `model`: an open_clip name, or a
+    config."""
     folder.mkdir(parents=True)
-    config = get_model_config(model) if model else SMALL_CLIP
+    config = model if isinstance(model, dict) else get_model_config(model) if model else SMALL_CLIP
     if config is None:
         raise SystemExit(f'--model: "{model}" is no open_clip model')
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
