@@ -44,6 +44,9 @@ from clipdist.shards import encode_shard
 UNITS_PER_ENCODER = 4
 INIT_DEATHS = 3
 """How often in a row an encoder may die while it loads its model."""
+HOPELESS_DEATHS = 24
+"""When this many processes in a row died over the parts of a unit, and no row of the job is done, it is not the rows: a
+unit with a few rows that kill has parts that live long before."""
 KILLS = ["kills_worker", "its process died twice over this row alone (out of memory, or a crash)"]
 PLAN_COLUMNS = ("id", "image_uri", "captions", "group", "split", "reason", "message", "only")
 
@@ -288,6 +291,8 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
     plan, gpus = ledger.rows(unit), runtime.gpus()
     options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
     actors: list[Any] = []
+    dead, pictures, told = [0], [], []
+    rejects: dict[str, list[str]] = {}
 
     def attempt(part: Sequence[int]) -> Any:
         if not actors:
@@ -296,10 +301,11 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
             return ray.get(actors[0].attempt.remote(to_bytes(plan.slice(part[0], len(part)))))
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
             actors.clear()
+            dead[0] += 1
+            if dead[0] >= HOPELESS_DEATHS and not pictures and not ledger.records():
+                raise units.all_died(ledger, f"that tried rows of unit {unit} all died, {dead[0]} in a row") from None
             return None
 
-    pictures, told = [], []
-    rejects: dict[str, list[str]] = {}
     for part, found in units.halved(range(len(plan)), attempt):
         if found is None:
             rejects[str(part[0])] = KILLS

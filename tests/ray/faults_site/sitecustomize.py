@@ -5,10 +5,13 @@ changed as soon as it is imported. The file that EMBED_FAULTS names says what is
     {"encode": "marked"}  ... when it encodes a picture that is of the colour MARKED all over
     {"encode": "always"}, {"load": "always"}   ... when it encodes anything; when it loads the model
     {"slow": 0.2}         seconds that each unit takes longer
+    {"disk": "full"}      a file that holds embeddings cannot be written
+    {"public": "127.0.0.1"}   an address that counts as one of the internet
 
 What processes do stands in its neighbour `....log`, a line each: what, rows, process, parent process (a raylet).
 """
 
+import errno
 import importlib.abc
 import importlib.util
 import json
@@ -33,7 +36,23 @@ def _tell(what, rows):
         file.write(f"{what} {rows} {os.getpid()} {os.getppid()}\n")
 
 
-def _change(module):
+def _change_storage(storage):
+    real = storage._write_temporary
+
+    def write(inner, data):
+        if _now().get("disk") == "full" and "/pieces/" in inner:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), inner)
+        return real(inner, data)
+
+    storage._write_temporary = write
+
+
+def _change_fetch(fetch):
+    real = fetch.is_public
+    fetch.is_public = lambda text: text == _now().get("public") or real(text)
+
+
+def _change_encoding(module):
     real_load, real_images, real_init = module.load_rows, module.Encoder.images, module.Encoder.__init__
     real_decode = module.images.decode
 
@@ -66,17 +85,24 @@ def _change(module):
     module.Encoder.__init__, module.Encoder.images = init, images
 
 
+CHANGES = {
+    "clipdist.encoding": _change_encoding,
+    "clipdist.storage": _change_storage,
+    "clipdist.fetch": _change_fetch,
+}
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "clipdist.encoding":
+        if name not in CHANGES:
             return None
-        sys.meta_path.remove(self)
+        change = CHANGES.pop(name)
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
-            _change(module)
+            change(module)
 
         spec.loader.exec_module = exec_module
         return spec
