@@ -90,6 +90,23 @@ class Jobs:
         split = [line.split() for line in lines]
         return [(int(rows), int(pid), int(raylet)) for kind, rows, pid, raylet in split if kind == what]
 
+    @contextlib.contextmanager
+    def second_node(self) -> Iterator[tuple[int, Callable[[], None]]]:
+        """Another node of the cluster while the block lasts: its raylet's process, and what kills it."""
+        with _environment(self.environment):  # workers get it from their raylet
+            node = self.cluster.add_node(num_cpus=2)
+        alive = [node]
+
+        def kill() -> None:
+            if alive:
+                self.cluster.remove_node(alive.pop(), allow_graceful=False)
+
+        try:
+            self.cluster.wait_for_nodes()
+            yield node.all_processes["raylet"][0].process.pid, kill
+        finally:
+            kill()
+
     def start(self, catalog: Path | str, output: Path | str, **settings: Any) -> Driver:
         values = {
             "model": {"name": self.model},
@@ -140,25 +157,34 @@ def jobs(home: Path, s3: str) -> Iterator[Jobs]:
     (home / "faults.json").write_text("{}")
     (home / "faults.json.log").write_text("")
     before = dict(os.environ)
-    with faulty_store(os.environ["AWS_ENDPOINT_URL"]) as store:
+    with faulty_store(before["AWS_ENDPOINT_URL"]) as store:
+        os.environ["AWS_ENDPOINT_URL"] = before["AWS_ENDPOINT_URL"]  # what the test itself asks for is not disturbed
         ours = {
             "AWS_ENDPOINT_URL": store.url,
             "EMBED_FAULTS": str(home / "faults.json"),
             "PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT), before.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "RAY_worker_niceness": "0",
         }
-        os.environ.update(ours)
-        try:
+        with _environment(ours):
             cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        finally:
-            os.environ["AWS_ENDPOINT_URL"] = before["AWS_ENDPOINT_URL"]
-            for name in ("EMBED_FAULTS", "PYTHONPATH", "RAY_worker_niceness"):
-                os.environ.pop(name)
-                os.environ |= {name: before[name]} if name in before else {}
         try:
             yield Jobs(home, store, cluster, ours | {"RAY_ADDRESS": cluster.address})
         finally:
             cluster.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _tiny() -> dict[str, Any]:
@@ -173,11 +199,12 @@ def picture(number: int, size: int = 24) -> Image.Image:
 
 
 def write_catalog(place: str, rows: int, more: Sequence[tuple[str, str]] = ()) -> str:
-    """A catalog of `rows` PNG pictures, and of `more` (id, picture). Returns its path, a local one or a URL."""
+    """A catalog of `rows` PNG pictures, and of `more` (id, picture) among them. Returns its path or URL."""
     lines = [{"id": f"r{number:04d}", "image": f"pictures/{number:04d}.png"} for number in range(rows)]
     for number in range(rows):
         storage.write_atomic(storage.join(place, f"pictures/{number:04d}.png"), encoded(picture(number)))
-    lines += [{"id": row, "image": uri} for row, uri in more]
+    for place_of, (row, uri) in enumerate(more, 1):
+        lines.insert(place_of * rows // (len(more) + 1), {"id": row, "image": uri})
     lines = [line | {"caption": f"caption of {line['id']}"} for line in lines]
     path = storage.join(place, "catalog.jsonl")
     storage.write_atomic(path, "\n".join(map(json.dumps, lines)).encode())

@@ -26,7 +26,7 @@ from tests.ray.embed_jobs import outcome
 ROOT = Path(__file__).parents[2]
 DIM = 8
 STAMP = Stamp("embeddings", {"dim": DIM, "dtype": "float16", "input": "in"})
-UNITS, UNIT_ROWS, SHARD_UNITS = 3, 3, 2
+UNITS, UNIT_ROWS, SHARD_UNITS = 2, 2, 2
 
 
 def plan() -> Iterator[pa.Table]:
@@ -113,7 +113,6 @@ import itertools, os, sys, tempfile
 from tests.unit.test_ledger_on_s3 import run_job, run_killed_at
 with tempfile.TemporaryDirectory() as local:
     run_job(local)  # so that the children import nothing
-running = {}
 for step in itertools.count():
     child = os.fork()
     if child == 0:
@@ -128,7 +127,8 @@ def test_a_job_killed_at_any_step_on_s3_and_run_again_gives_every_row_once(s3_bu
     subprocess.run([sys.executable, "-c", KILL_AT_EVERY_STEP, root], cwd=ROOT, check=True, timeout=300)
     folders = storage.names(root)
     undisturbed = outcome(f"{root}/{folders[-1]}")
-    assert len(undisturbed.vectors) == UNITS * UNIT_ROWS and not undisturbed.rejects
+    assert len(undisturbed.vectors) == UNITS * UNIT_ROWS
+    assert not undisturbed.rejects
     unfinished = 0
     for name in folders[:-1]:
         uri = f"{root}/{name}"
@@ -140,5 +140,5 @@ def test_a_job_killed_at_any_step_on_s3_and_run_again_gives_every_row_once(s3_bu
         expected = {row: vector(row).tobytes() for row in itertools.chain(undisturbed.vectors)}
         assert undisturbed.vectors == expected
     print(f"{len(folders)} moments, {unfinished} of them before the first manifest")
-    assert len(folders) > 80
-    assert 40 < unfinished < len(folders) - 20
+    assert len(folders) > 50
+    assert 20 < unfinished < len(folders) - 20
