@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import ray.data
 
 from clipdist import catalog, models, planning, runtime, storage, units
 from clipdist.catalog import EmbedConfig as EmbedConfig
-from clipdist.config import dump
+from clipdist.config import UserError, dump
 from clipdist.encoding import (
     READERS,
     Encoder,
@@ -68,7 +68,7 @@ def run(config: EmbedConfig) -> Manifest:
     return units.make_table(
         output,
         stamp,
-        lambda: planning.not_empty(catalog.plan(config), config.pairs or "catalog"),
+        lambda: planning.not_empty(_plan(config, place), config.pairs or "catalog"),
         units.Work(
             "embed",
             partial(_pipeline, config=resolved, preprocess=model.preprocess),
@@ -80,6 +80,15 @@ def run(config: EmbedConfig) -> Manifest:
         config=dump(resolved),
         shard_units=config.shard_units,
     )
+
+
+def _plan(config: EmbedConfig, place: models.ModelPlace) -> Iterable[pa.Table]:
+    """UserError for random weights: each encoder would draw its own."""
+    if place.folder is None and config.model.pretrained is None and not place.name.startswith("hf-hub:"):
+        raise UserError(
+            f"model: {config.model.name} has random weights; give model.pretrained, a training run or a checkpoint"
+        )
+    return catalog.plan(config)
 
 
 def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:

@@ -53,8 +53,8 @@ def _quiet_actors() -> None:
         with _without_noise():
             return start(*args, **kwargs)
 
-    quietly.loud = start  # type: ignore[attr-defined]
-    Pool._start_actor = quietly
+    setattr(quietly, "loud", start)  # noqa: B010
+    setattr(Pool, "_start_actor", quietly)  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -34,5 +34,6 @@ def reference(faulty_cluster: Jobs, catalog: Path) -> Outcome:
     """What an undisturbed run makes of the catalog."""
     faulty_cluster.run(catalog, faulty_cluster.home / "reference")
     found = outcome(faulty_cluster.home / "reference")
-    assert len(found.vectors) == 800 and not found.rejects
+    assert len(found.vectors) == 800
+    assert not found.rejects
     return found

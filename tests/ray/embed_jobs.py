@@ -166,11 +166,18 @@ def jobs(home: Path, s3: str) -> Iterator[Jobs]:
             "RAY_worker_niceness": "0",
         }
         with _environment(ours):
-            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+            cluster = _start_cluster()
         try:
             yield Jobs(home, store, cluster, ours | {"RAY_ADDRESS": cluster.address})
         finally:
             cluster.shutdown()
+
+
+def _start_cluster() -> Cluster:
+    for _ in range(2):
+        with contextlib.suppress(Exception):  # on a busy machine a node may come too late for Ray
+            return Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    return Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
 
 
 @contextlib.contextmanager

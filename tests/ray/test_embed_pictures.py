@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -142,7 +142,7 @@ def test_rejected_rows_are_tried_again_when_they_are_mended(cluster: Jobs) -> No
 
 
 class _Pictures(BaseHTTPRequestHandler):
-    asked: Counter[str] = Counter()
+    asked: ClassVar[Counter[str]] = Counter()
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -207,6 +207,7 @@ def test_private_addresses_need_permission(cluster: Jobs, web: str) -> None:
     assert Counter(found.rejects.values()) == {"fetch_private_address": 6}
     cluster.run(catalog, home / "allowed", allow_private_hosts=True, **settings)
     found = outcome(home / "allowed")
-    assert not found.rejects and len(found.vectors) == 26
+    assert not found.rejects
+    assert len(found.vectors) == 26
     manifest = json.loads(Path(home / "allowed/manifests/00000001.json").read_text())
     assert manifest["stamp"]["identity"]["limits"]["allow_private_hosts"] is True

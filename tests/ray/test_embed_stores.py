@@ -117,12 +117,14 @@ def test_wrong_credentials(
     assert storage.names(output) == []
 
 
-def test_wrong_names(cluster: Jobs, catalog: Any, on_s3: str) -> None:
+def test_wrong_names(cluster: Jobs, catalog: Any, on_s3: str, tmp_path: Any) -> None:
     said = stops(cluster, f"{on_s3}/wrong", f"{on_s3}/not-there/catalog.jsonl", within=60)
     assert f"{on_s3}/not-there/catalog.jsonl: no such file" in said
     said = stops(cluster, "s3://no-such-bucket/out", str(catalog), within=60)
     assert "s3://no-such-bucket/out" in said
     assert storage.names(f"{on_s3}/wrong") == []
+    said = stops(cluster, str(tmp_path / "random"), str(catalog), model={"name": str(cluster.home / "tiny.json")})
+    assert "random weights; give model.pretrained" in said
 
 
 def test_pictures_that_are_denied_stop_the_job_early(cluster: Jobs, on_s3: str, store: FaultyStore) -> None:
@@ -133,7 +135,8 @@ def test_pictures_that_are_denied_stop_the_job_early(cluster: Jobs, on_s3: str, 
     assert "Nothing was published" in said
     assert "pictures/" in said
     done = re.search(r"of ([\d,]+) images were rejected", said)
-    assert done and int(done[1].replace(",", "")) < 400, "not the whole catalog was tried"
+    assert done
+    assert int(done[1].replace(",", "")) < 400, "not the whole catalog was tried"
     assert storage.names(f"{output}/manifests") == []
 
 
