@@ -131,7 +131,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
         for start in range(0, len(todo), WAVE_UNITS):
             wave = todo[start : start + WAVE_UNITS]
             units = ray.data.from_items([{"unit": unit} for unit in wave], override_num_blocks=len(wave))
-            for report in work.pipeline(units, ledger, watch).iter_rows():
+            for report in _reports(work.pipeline(units, ledger, watch), ledger):
                 watch.forget.remote(int(report["unit"]))  # type: ignore[union-attr]
                 if report["planned"]:
                     take(report)
@@ -148,7 +148,15 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
             progress.note(speed.table(), **speed.summary())
 
 
-@ray.remote(num_cpus=0)
+def _reports(pipeline: ray.data.Dataset, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    try:
+        yield from pipeline.iter_rows()
+    except ray.exceptions.RayActorError as error:  # Ray starts an actor again that dies later, and over single rows
+        which = "that load the model died before it was loaded"
+        raise all_died(ledger, which) from error
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # its node may go
 class Watch:
     """Hears from every process which unit it begins, before it does."""
 
@@ -324,12 +332,15 @@ class Tally:
 
 def _stop_if_nothing_lives(ledger: Ledger, suspects: Sequence[int], speed: Throughput) -> None:
     if len(suspects) >= HOPELESS_SUSPECTS and not speed.rows:
-        raise all_died(ledger, f"that worked on the first {len(suspects)} units all died, {ATTEMPTS} times each")
+        raise all_died(
+            ledger,
+            f"that worked on the first {len(suspects)} units all died, {ATTEMPTS} times each, and none was finished",
+        )
 
 
 def all_died(ledger: Ledger, which: str) -> UserError:
     """What a person is told when it is not single rows that kill."""
     return UserError(
-        f"{ledger.uri}: the processes {which}, and no unit was finished: most likely there is too little memory. "
+        f"{ledger.uri}: the processes {which}: most likely there is too little memory. "
         "Try a smaller batch_rows or unit_rows, fewer encoders, or larger machines"
     )

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,7 @@ class Jobs:
     def second_node(self) -> Iterator[tuple[int, Callable[[], None]]]:
         """Another node of the cluster while the block lasts: its raylet's process, and what kills it."""
         with _environment(self.environment):  # workers get it from their raylet
-            node = self.cluster.add_node(num_cpus=2)
+            node = self.cluster.add_node(num_cpus=1)
         alive = [node]
 
         def kill() -> None:
@@ -174,10 +175,16 @@ def jobs(home: Path, s3: str) -> Iterator[Jobs]:
 
 
 def _start_cluster() -> Cluster:
-    for _ in range(2):
-        with contextlib.suppress(Exception):  # on a busy machine a node may come too late for Ray
-            return Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    return Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    """One core, so that a job has few processes. In a folder of its own, or Ray elsewhere would find and join it."""
+    for left in (2, 1, 0):
+        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: it holds sockets
+        try:
+            settings = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
+            return Cluster(initialize_head=True, head_node_args=settings)
+        except Exception:  # on a busy machine a node may come too late for Ray
+            if not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager
