@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import ray.data
 
 from clipdist import catalog, models, planning, runtime, storage, units
 from clipdist.catalog import EmbedConfig as EmbedConfig
-from clipdist.config import dump
+from clipdist.config import UserError, dump
 from clipdist.encoding import (
     READERS,
     Encoder,
@@ -46,6 +46,9 @@ UNITS_PER_ENCODER = 4
 SAMPLE_ROWS = 32
 INIT_DEATHS = 3
 """How often in a row an encoder may die while it loads its model."""
+HOPELESS_DEATHS = 24
+"""When this many processes in a row died over the parts of a unit, and no row of the job is done, it is not the rows: a
+unit with a few rows that kill has parts that live long before."""
 KILLS = ["kills_worker", "its process died twice over this row alone (out of memory, or a crash)"]
 PLAN_COLUMNS = ("id", "image_uri", "captions", "group", "split", "reason", "message", "only")
 
@@ -67,7 +70,7 @@ def run(config: EmbedConfig) -> Manifest:
     return units.make_table(
         output,
         stamp,
-        lambda: planning.not_empty(catalog.plan(config), config.pairs or "catalog"),
+        lambda: planning.not_empty(_plan(config, place), config.pairs or "catalog"),
         units.Work(
             "embed",
             partial(_pipeline, config=resolved, preprocess=model.preprocess),
@@ -79,6 +82,15 @@ def run(config: EmbedConfig) -> Manifest:
         config=dump(resolved),
         shard_units=config.shard_units,
     )
+
+
+def _plan(config: EmbedConfig, place: models.ModelPlace) -> Iterable[pa.Table]:
+    """UserError for random weights: each encoder would draw its own."""
+    if place.folder is None and config.model.pretrained is None and not place.name.startswith("hf-hub:"):
+        raise UserError(
+            f"model: {config.model.name} has random weights; give model.pretrained, a training run or a checkpoint"
+        )
+    return catalog.plan(config)
 
 
 def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
@@ -309,6 +321,8 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
     plan, gpus = ledger.rows(unit), _gpus(config)
     options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
     actors: list[Any] = []
+    dead, pictures, told = [0], [], []
+    rejects: dict[str, list[str]] = {}
 
     def attempt(part: Sequence[int]) -> Any:
         if not actors:
@@ -317,10 +331,11 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
             return ray.get(actors[0].attempt.remote(to_bytes(plan.slice(part[0], len(part)))))
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
             actors.clear()
+            dead[0] += 1
+            if dead[0] >= HOPELESS_DEATHS and not pictures and not ledger.records():
+                raise units.all_died(ledger, f"that tried rows of unit {unit} all died, {dead[0]} in a row") from None
             return None
 
-    pictures, told = [], []
-    rejects: dict[str, list[str]] = {}
     for part, found in units.halved(range(len(plan)), attempt):
         if found is None:
             rejects[str(part[0])] = KILLS

@@ -121,6 +121,14 @@ class Ledger:
     def join(self, shard: int, join: Join) -> bool:
         """Makes one shard per table of the pieces of its units; then these and their commits go. False: another
         attempt was first."""
+        try:
+            return self._join(shard, join)
+        except (FileNotFoundError, UserError):  # what a killed run left running was done first, and cleaned up
+            if shard in self.closed():
+                return False
+            raise
+
+    def _join(self, shard: int, join: Join) -> bool:
         commits = self._read_all(f"commits/{unit:06d}.json" for unit in self.units_of(shard))
         pieces: dict[str, list[str]] = {}
         for piece in (piece for commit in commits for piece in commit["files"]):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -29,6 +34,49 @@ def connect() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _quiet_actors()
+
+
+NOISE = b"has constructor arguments in the object store and max_restarts > 0"
+"""Ray's core says so of every actor of Ray Data, on stderr, as an error. It is none: their arguments are kept."""
+
+
+def _quiet_actors() -> None:
+    """Ray Data starts its actors without the noise."""
+    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator as Pool
+
+    start = getattr(Pool, "_start_actor", None)
+    if start is None or hasattr(start, "loud"):
+        return
+
+    def quietly(*args: Any, **kwargs: Any) -> Any:
+        with _without_noise():
+            return start(*args, **kwargs)
+
+    setattr(quietly, "loud", start)  # noqa: B010
+    setattr(Pool, "_start_actor", quietly)  # noqa: B010
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """What is written to stderr meanwhile is passed on at the end, without lines of NOISE."""
+    try:
+        sys.stderr.flush()
+        kept = os.dup(2)
+    except (OSError, ValueError):  # a process without stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as scratch:
+        os.dup2(scratch.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            scratch.seek(0)
+            for line in scratch:
+                if NOISE not in line:
+                    os.write(2, line)
 
 
 def address() -> str | None:

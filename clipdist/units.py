@@ -8,6 +8,7 @@ too often passes through the pipeline untouched, and is rescued alone at the end
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from clipdist import lease, runtime
+from clipdist import lease, runtime, storage
 from clipdist.config import UserError
 from clipdist.ledger import Join, Ledger, begin, open_ledger
 from clipdist.manifest import Manifest, refuse_other_stamp
@@ -73,6 +74,7 @@ def make_table(
     if there is not None:
         refuse_other_stamp(uri, stamp, there.stamp)
         if (manifest := there.finished()) is not None and not retry_rejected:
+            _clean_up(uri)
             return manifest
     with lease.held(uri) as held:
         ledger = begin(uri, stamp, plan, shard_units=shard_units)
@@ -86,10 +88,20 @@ def make_table(
                 ledger, manifest = again, None
                 run_units(ledger, work, max_rejected_fraction)
         if manifest is not None:
+            ledger.sweep(manifest)
             return manifest
         Tally(ledger, max_rejected_fraction).judge()
         held.check()
         return ledger.publish()
+
+
+def _clean_up(uri: str) -> None:
+    """Deletes what a run left that was killed after it had published: its lease is still there."""
+    if storage.exists(storage.join(uri, "running.json")):
+        with contextlib.suppress(UserError), lease.held(uri):  # suppressed: that another run is at work
+            ledger = open_ledger(uri)
+            if ledger is not None and (manifest := ledger.finished()) is not None:
+                ledger.sweep(manifest)
 
 
 def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
@@ -119,7 +131,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
         for start in range(0, len(todo), WAVE_UNITS):
             wave = todo[start : start + WAVE_UNITS]
             units = ray.data.from_items([{"unit": unit} for unit in wave], override_num_blocks=len(wave))
-            for report in work.pipeline(units, ledger, watch).iter_rows():
+            for report in _reports(work.pipeline(units, ledger, watch), ledger):
                 watch.forget.remote(int(report["unit"]))  # type: ignore[union-attr]
                 if report["planned"]:
                     take(report)
@@ -128,14 +140,23 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
                     _stop_if_nothing_lives(ledger, suspects, speed)
         for unit in suspects:
             assert work.rescue is not None
-            progress.note(f"unit {unit} killed its process {ATTEMPTS} times; trying its rows apart", unit=unit)
+            what = f"unit {unit} killed its process {ATTEMPTS} times; trying its rows apart"
+            progress.note(what, note=what)
             take(work.rescue(ledger, unit))
         joiner.finish()
         if speed.rows and work.name == "embed":
             progress.note(speed.table(), **speed.summary())
 
 
-@ray.remote(num_cpus=0)
+def _reports(pipeline: ray.data.Dataset, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    try:
+        yield from pipeline.iter_rows()
+    except ray.exceptions.RayActorError as error:  # Ray starts an actor again that dies later, and over single rows
+        which = "that load the model died before it was loaded"
+        raise all_died(ledger, which) from error
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # its node may go
 class Watch:
     """Hears from every process which unit it begins, before it does."""
 
@@ -311,8 +332,15 @@ class Tally:
 
 def _stop_if_nothing_lives(ledger: Ledger, suspects: Sequence[int], speed: Throughput) -> None:
     if len(suspects) >= HOPELESS_SUSPECTS and not speed.rows:
-        raise UserError(
-            f"{ledger.uri}: the processes that worked on the first {len(suspects)} units all died, {ATTEMPTS} times "
-            "each, and none was finished: most likely there is too little memory. Try a smaller batch_rows or "
-            "unit_rows, fewer encoders, or larger machines"
+        raise all_died(
+            ledger,
+            f"that worked on the first {len(suspects)} units all died, {ATTEMPTS} times each, and none was finished",
         )
+
+
+def all_died(ledger: Ledger, which: str) -> UserError:
+    """What a person is told when it is not single rows that kill."""
+    return UserError(
+        f"{ledger.uri}: the processes {which}: most likely there is too little memory. "
+        "Try a smaller batch_rows or unit_rows, fewer encoders, or larger machines"
+    )

@@ -36,6 +36,8 @@ class FaultyStore:
         """503 SlowDown instead of doing what is asked."""
         self.deny_every = 0
         """403 AccessDenied instead of doing what is asked."""
+        self.deny_paths = ""
+        """403 AccessDenied to a GET of a key that has this in it."""
         self.cut_every = 0
         """The answer breaks off in its middle."""
         self.lose_put_reply_every = 0
@@ -117,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         if store.falls_on("slow_down_every"):
             return self._error(503, "SlowDown")
         if store.falls_on("deny_every"):
+            return self._error(403, "AccessDenied")
+        if store.deny_paths and method == "GET" and store.deny_paths in self.path:
             return self._error(403, "AccessDenied")
         if store.lacks_conditions and self.headers["If-None-Match"]:
             return self._error(*store.lacks_conditions)
