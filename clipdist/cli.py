@@ -38,6 +38,7 @@ EXAMPLES = """examples:
   clipdist embed jobs/embed.yaml --explain             every value, where it comes from, what it means
   clipdist search runs/embeddings --text "red summer dress" --html hits.html
   clipdist info runs/pairs                             what any folder of clipdist is
+  clipdist remove runs/embeddings ids.txt              take rows out; `clipdist compact` frees their space
   clipdist vocab runs/pairs                            words of your captions that may deserve a token of their own
 """
 
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("path")
     info.add_argument("--format", choices=("table", "json"), default="table")
     info.set_defaults(run=_run_info)
+    _upkeep_commands(commands)
     _vocab_command(commands.add_parser("vocab", help="words of the captions that may deserve a token of their own"))
     demo = commands.add_parser("demo", help="the whole journey on emoji pictures (needs the extra `demo`)")
     demo.add_argument("folder", nargs="?", default="clipdist-demo", help="where everything goes (clipdist-demo)")
@@ -134,6 +136,38 @@ def _parser() -> argparse.ArgumentParser:
     starter.add_argument("--image-size", type=int, default=128, help="pixels per side (128)")
     starter.set_defaults(run=_run_starter)
     return parser
+
+
+def _upkeep_commands(commands: Any) -> None:
+    remove = commands.add_parser(
+        "remove",
+        help="take rows out of embeddings, by their ids",
+        description=(
+            "Takes rows out of both tables of finished embeddings. Nothing is rewritten: readers leave them out from\n"
+            "now on; `clipdist compact` drops them for good. An id that stays in the catalog comes back with the next\n"
+            "update that finds the catalog changed."
+        ),
+        epilog="examples:\n  clipdist remove runs/embeddings sold-out.txt\n"
+        "  clipdist remove runs/embeddings --id 15970 --id 39386\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    remove.add_argument("output", help="folder of embeddings")
+    remove.add_argument("ids", nargs="?", metavar="IDS.txt", help="a text file with one id per line")
+    remove.add_argument("--id", action="append", default=[], dest="more_ids", help="an id; may be given several times")
+    remove.set_defaults(run=_run_remove)
+    compact = commands.add_parser(
+        "compact",
+        help="join small files of embeddings, and drop deleted rows for good",
+        description=(
+            "Joins the small files that updates leave into files of `shard_rows` rows, and drops deleted rows for\n"
+            "good. Vectors keep their bits. May be stopped at any time; the same command goes on. The files of before\n"
+            "stay until the next change, for those who still read them."
+        ),
+        epilog="examples:\n  clipdist compact runs/embeddings\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compact.add_argument("output", help="folder of embeddings")
+    compact.set_defaults(run=_run_compact)
 
 
 def _vocab_command(command: argparse.ArgumentParser) -> None:
@@ -258,6 +292,23 @@ def _run_info(options: argparse.Namespace) -> int:
 
     found = describe(options.path)
     print(json.dumps(found, indent=1, default=str) if options.format == "json" else show(found))
+    return 0
+
+
+def _run_remove(options: argparse.Namespace) -> int:
+    from clipdist import remove, storage
+
+    ids = [*(remove.read_ids(options.ids) if options.ids else []), *options.more_ids]
+    if not ids:
+        raise UserError("give ids: a text file with one per line, or --id ID")
+    print(remove.remove(storage.absolute(options.output), ids).show())
+    return 0
+
+
+def _run_compact(options: argparse.Namespace) -> int:
+    from clipdist import compact, storage
+
+    print(compact.compact(storage.absolute(options.output)).show())
     return 0
 
 

@@ -81,6 +81,7 @@ def run(config: EmbedConfig) -> Manifest:
         retry_rejected=config.retry_rejected,
         config=dump(resolved),
         shard_units=config.shard_units,
+        update=config.update,
     )
 
 

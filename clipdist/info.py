@@ -7,9 +7,11 @@ from typing import Any
 
 from clipdist import storage
 from clipdist.config import UserError
+from clipdist.ledger import open_ledger
 from clipdist.manifest import Manifest, latest, read_manifest
 from clipdist.report import file_size, number, table
 from clipdist.schema import Stamp
+from clipdist.upkeep import NAMES, under_way
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -59,6 +61,8 @@ def _describe_table(uri: str) -> dict[str, Any]:
         if "stamp" not in plan:
             raise
         return {"kind": Stamp.from_json(plan["stamp"]).kind, "path": uri, "state": str(error).removeprefix(f"{uri}: ")}
+    ledger = open_ledger(uri)
+    unfinished = ledger is not None and ledger.number > manifest.plan
     rows = {name: manifest.written(name) for name in manifest.planned}
     splits: dict[str, int] = {}
     for file in manifest.files:
@@ -67,13 +71,15 @@ def _describe_table(uri: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": manifest.stamp.kind,
         "path": uri,
-        "state": "finished",
+        "state": "finished" + (f"; {under_way(ledger)}" if ledger is not None and unfinished else ""),
         "rows": rows,
         "planned": manifest.planned,
     }
     deleted = {name: rows for name, rows in manifest.deleted.items() if rows}
     facts |= {"deleted": deleted} if deleted else {}
     facts |= {"splits": splits} if splits else {}
+    if ledger is not None and not unfinished and ledger.number > 1:
+        facts["last change"] = NAMES[ledger.purpose]
     facts |= {"files": len(manifest.files), "bytes": sum(file.file_bytes for file in manifest.files)}
     return facts | {"stamp": manifest.stamp.to_json(), "rejected": manifest.rejected}
 

@@ -64,16 +64,21 @@ class Ledger:
         return range(self.first_unit, self.first_unit + len(self.unit_rows))
 
     @property
+    def per_shard(self) -> int:
+        """Units per shard in this plan; a unit of a compaction is a whole shard."""
+        return 1 if self.purpose == "compact" else self.shard_units
+
+    @property
     def shards(self) -> range:
-        count = -(-len(self.unit_rows) // self.shard_units) if self.shard_units else 0
+        count = -(-len(self.unit_rows) // self.per_shard) if self.per_shard else 0
         return range(self.first_shard, self.first_shard + count)
 
     def shard_of(self, unit: int) -> int:
-        return self.first_shard + (unit - self.first_unit) // self.shard_units
+        return self.first_shard + (unit - self.first_unit) // self.per_shard
 
     def units_of(self, shard: int) -> range:
-        start = self.first_unit + (shard - self.first_shard) * self.shard_units
-        return range(start, min(start + self.shard_units, self.units.stop))
+        start = self.first_unit + (shard - self.first_shard) * self.per_shard
+        return range(start, min(start + self.per_shard, self.units.stop))
 
     def rows_of(self, unit: int) -> int:
         return int(self.unit_rows[unit - self.first_unit])
@@ -148,6 +153,13 @@ class Ledger:
         self._remove([*(path for paths in pieces.values() for path in paths), *reject_files])
         self._remove([f"commits/{unit:06d}.json" for unit in self.units_of(shard)])
         return won
+
+    def commit_shard(self, unit: int, data: bytes, file: File) -> bool:
+        """Writes the shard that a unit of a compaction is, then its record. False: another attempt was first."""
+        shard, nonce = self.shard_of(unit), uuid.uuid4().hex[:12]
+        file = replace(file, path=f"{file.table}/{shard:06d}-{nonce}.parquet")
+        storage.write_atomic(self._path(file.path), data)
+        return self._record(f"shards/{shard:06d}.json", nonce, [file], {}, [], "")
 
     def records(self) -> list[dict[str, Any]]:
         """What this plan's units gave so far: records of joined shards, then commits of units in none."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,16 +22,8 @@ def retry_plan(ledger: Ledger) -> Ledger | None:
     """The plan that tries again what the ledger's finished units rejected; None when nothing can be tried again: a
     duplicate id stays one."""
     state = ledger.finished() or ledger.state()
-    names, counts = _without_retried(ledger, state)
-    if not counts:
-        return None
-    planned = {table: rows - sum(counts.get(table, Counter()).values()) for table, rows in state.planned.items()}
-    rejected = {
-        table: {reason: count - counts.get(table, Counter())[reason] for reason, count in reasons.items()}
-        for table, reasons in state.rejected.items()
-    }
-    base = replace(state, reject_files=tuple(names), planned=planned, rejected=rejected)
-    return ledger.extend(ledger.stamp, _units(ledger, state), base, purpose="retry")
+    base = without_rejects(ledger, state, lambda _, rejects: pc.is_valid(rejects.column("row")))
+    return None if base is state else ledger.extend(ledger.stamp, _units(ledger, state), base, purpose="retry")
 
 
 def planned_row(planned: pa.Table, index: int) -> bytes:
@@ -41,23 +34,31 @@ def planned_row(planned: pa.Table, index: int) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _without_retried(ledger: Ledger, state: Manifest) -> tuple[list[str], dict[str, Counter[str]]]:
-    """Reject files without the rows that are tried again, and how many these are per table and reason."""
+def without_rejects(ledger: Ledger, state: Manifest, goes: Callable[[int, pa.Table], Any]) -> Manifest:
+    """The state without some rejects, which are no longer planned either; the same object when none goes. `goes`:
+    (number of the reject file, its rows) -> bool per row. The files of those that stay are written here."""
     names: list[str] = []
     counts: dict[str, Counter[str]] = {}
-    for name in state.reject_files:
+    for number, name in enumerate(state.reject_files):
         rejects = ledger.read_rejects([name])
-        again = rejects.filter(pc.is_valid(rejects.column("row")))
-        if not len(again):
+        mask = goes(number, rejects)
+        gone, stay = rejects.filter(mask), rejects.filter(pc.invert(mask))
+        if not len(gone):
             names.append(name)
             continue
-        for table, reason in zip(again.column("table").to_pylist(), again.column("reason").to_pylist(), strict=True):
+        for table, reason in zip(gone.column("table").to_pylist(), gone.column("reason").to_pylist(), strict=True):
             counts.setdefault(table, Counter())[reason] += 1
-        stay = rejects.filter(pc.is_null(rejects.column("row")))
         if len(stay):
             names.append(f"rejects/{ledger.next_number():06d}-{uuid.uuid4().hex[:12]}.parquet")
             storage.write_atomic(storage.join(ledger.uri, names[-1]), parquet(stay))
-    return names, counts
+    if not counts:
+        return state
+    planned = {table: rows - sum(counts.get(table, Counter()).values()) for table, rows in state.planned.items()}
+    rejected = {
+        table: {reason: count - counts.get(table, Counter())[reason] for reason, count in reasons.items()}
+        for table, reasons in state.rejected.items()
+    }
+    return replace(state, reject_files=tuple(names), planned=planned, rejected=rejected)
 
 
 def _units(ledger: Ledger, state: Manifest) -> Iterator[pa.Table]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +31,8 @@ from clipdist.schema import Stamp, stored_dtype, vector_type
 VECTOR = "embedding.list.element"
 ROW_GROUP = 65_536
 STAMP_KEY = "clipdist"
+
+READ_AHEAD = 3
 
 _MATRIX_BYTES = 1 << 30  # of one row group at most: a page has to stay below 2 GiB with all that comes with it
 _NOTHING_DELETED: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -164,13 +168,32 @@ class Shards:
         back = np.argsort(np.concatenate(order), kind="stable")
         return pa.concat_tables(parts).take(pa.array(back))
 
+    def by_file(self, names: Sequence[str]) -> Iterator[tuple[File, NDArray[np.int64], pa.Table]]:
+        """File by file the rows that live: their numbers in the file, and columns of them. A few are read ahead."""
+        waiting: deque[tuple[File, Future[pa.Table]]] = deque()
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            for file in [*(file for file in self._files if self._live(file)), *[None] * READ_AHEAD]:
+                if file is not None:
+                    waiting.append((file, pool.submit(self._read, file, names)))
+                if waiting and (file is None or len(waiting) > READ_AHEAD):
+                    first, found = waiting.popleft()
+                    yield first, self.live_rows(first), found.result()
+
+    def live_rows(self, file: File) -> NDArray[np.int64]:
+        """Numbers of a file's rows that are not deleted."""
+        return np.delete(np.arange(file.rows), self._deleted_in(file))
+
     def column_names(self) -> list[str]:
+        return list(self.schema().names)
+
+    def schema(self) -> pa.Schema:
+        """Columns and their types, without the vectors; none of a table without files."""
         if not self._files:
-            return []
+            return pa.schema([])
         path = self.manifest.path(self._files[0])
         try:
             with storage.open_read(path) as file:
-                return [name for name in pq.read_schema(file).names if name != "embedding"]
+                return pa.schema([field for field in pq.read_schema(file) if field.name != "embedding"])
         except (OSError, pa.ArrowException) as error:
             raise damaged(path, error) from None
 
@@ -198,8 +221,7 @@ class Shards:
                 raise ValueError(f"{len(found)} rows of {', '.join(found.column_names)} there")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise damaged(path, error) from None
-        deleted = self._deleted_in(file)
-        return found.take(pa.array(np.delete(np.arange(file.rows), deleted))) if len(deleted) else found
+        return found.take(pa.array(self.live_rows(file))) if len(self._deleted_in(file)) else found
 
     def _matrix(self, file: File, rows: int, offset: int) -> np.ndarray:
         path, shape = self.manifest.path(file), (rows, self.dim)

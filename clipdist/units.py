@@ -20,13 +20,15 @@ import ray
 import ray.data
 
 from clipdist import lease, runtime, storage
+from clipdist.compare import Mode
 from clipdist.config import UserError
-from clipdist.ledger import Join, Ledger, begin, open_ledger
-from clipdist.manifest import Manifest, refuse_other_stamp
+from clipdist.ledger import Join, Ledger, open_ledger
+from clipdist.manifest import Manifest
 from clipdist.progress import Progress
 from clipdist.retry import retry_plan
 from clipdist.schema import Stamp
 from clipdist.throughput import Throughput
+from clipdist.update import begin_or_update, is_outdated
 
 HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
 """After this many rows a job stops when this share of them was rejected: a wrong folder, missing credentials."""
@@ -65,19 +67,19 @@ def make_table(
     retry_rejected: bool,
     config: str,
     shard_units: int = 0,
+    update: Mode | None = None,
 ) -> Manifest:
     """Makes the table at `uri`, or goes on with it, or finds it finished; with `retry_rejected`, then tries its rejects
-    once more. `config` reruns the job and is kept beside the table.
+    once more; with `update`, brings it up to another input. `config` reruns the job and is kept beside the table.
 
     Raises UserError, and publishes nothing, when more than `max_rejected_fraction` of a table's rows are rejected."""
     there = open_ledger(uri)
-    if there is not None:
-        refuse_other_stamp(uri, stamp, there.stamp)
-        if (manifest := there.finished()) is not None and not retry_rejected:
-            _clean_up(uri)
-            return manifest
+    outdated = there is not None and is_outdated(there, stamp, update)
+    if there is not None and not outdated and not retry_rejected and (manifest := there.finished()) is not None:
+        _clean_up(uri)
+        return manifest
     with lease.held(uri) as held:
-        ledger = begin(uri, stamp, plan, shard_units=shard_units)
+        ledger = begin_or_update(uri, stamp, plan, update, shard_units=shard_units)
         runtime.save_config(uri, config)
         manifest = ledger.finished()
         if manifest is None:
@@ -303,7 +305,9 @@ class Tally:
         """UserError when the limit is certain to be passed, or nearly everything fails."""
         for table, rows in self.planned.items():
             lost = sum(self.reasons.get(table, Counter()).values())
-            hopeless = rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows and self.limit < HOPELESS_FRACTION
+            # An update may plan little else than the rows that were bad before.
+            certain = self.ledger.purpose != "update" and self.limit < HOPELESS_FRACTION
+            hopeless = certain and rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows
             if hopeless or self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
                 raise UserError(self._failure(table, rows, lost))
 
