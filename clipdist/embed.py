@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,9 +38,9 @@ from clipdist.images import Preprocess
 from clipdist.joining import join_shards
 from clipdist.ledger import Ledger
 from clipdist.manifest import File, Manifest
-from clipdist.retry import planned_row
-from clipdist.schema import Dtype, embeddings_schema, stored_dtype
+from clipdist.schema import stored_dtype
 from clipdist.shards import encode_shard
+from clipdist.unit_tables import KILLS, unit_tables
 
 UNITS_PER_ENCODER = 4
 SAMPLE_ROWS = 32
@@ -49,8 +49,6 @@ INIT_DEATHS = 3
 HOPELESS_DEATHS = 24
 """When this many processes in a row died over the parts of a unit, and no row of the job is done, it is not the rows: a
 unit with a few rows that kill has parts that live long before."""
-KILLS = ["kills_worker", "its process died twice over this row alone (out of memory, or a crash)"]
-PLAN_COLUMNS = ("id", "image_uri", "captions", "group", "split", "reason", "message", "only")
 
 
 def run(config: EmbedConfig) -> Manifest:
@@ -197,68 +195,16 @@ def write_unit(row: dict[str, Any], ledger: Ledger, config: EmbedConfig, cores: 
     unit = int(row["unit"])
     if not row["plan"]:
         return units.suspect(unit)
-    started = time.monotonic()
-    plan, failed, facts = from_bytes(row["plan"]), json.loads(row["rejects"]), json.loads(row["facts"])
-    rows = plan.to_pylist()
-    kept = [field for field in plan.schema if field.name not in PLAN_COLUMNS]
-    tables: dict[tuple[str, str | None], tuple[bytes, File]] = {}
-    planned: dict[str, int] = {}
-    rejects: list[dict[str, Any]] = []
-    for table in config.towers:
-        records = list(_records(table, rows, failed, [field.name for field in kept]))
-        good = [record for record in records if "reason" not in record]
-        for record in (record for record in records if "reason" in record):
-            index = record.pop("index")
-            again = rows[index]["reason"] is None
-            rejects.append(record | {"row": planned_row(plan, index) if again else None})
-        planned[table] = len(records)
-        if good:
-            tables[table, None] = encode_shard(
-                _vector_table(table, good, row[table], kept, config.dtype), table, ledger.stamp
-            )
-    ledger.commit(unit, tables, planned, rejects)
+    started, facts = time.monotonic(), json.loads(row["facts"])
+    vectors = {str(table): row[table] for table in config.towers}
+    pieces = unit_tables(from_bytes(row["plan"]), json.loads(row["rejects"]), vectors, config.dtype)
+    tables: dict[tuple[str, str | None], tuple[bytes, File]] = {
+        (name, None): encode_shard(rows, name, ledger.stamp) for name, rows in pieces.tables.items()
+    }
+    ledger.commit(unit, tables, pieces.planned, pieces.rejects)
     facts.setdefault("seconds", {})["write"] = time.monotonic() - started
     facts.setdefault("slots", {})["write"] = cores
-    return dict(units.report(unit, planned, rejects, facts))
-
-
-def _records(
-    table: str, rows: list[dict[str, Any]], failed: dict[str, list[str]], kept: list[str]
-) -> Iterator[dict[str, Any]]:
-    """The planned rows of one table, in order, each good or with its reason."""
-    for index, row in enumerate(rows):
-        if row.get("only") not in (None, table):
-            continue
-        reason, message = row["reason"], row["message"]
-        if reason is None and str(index) in failed and (table == "images" or failed[str(index)] == KILLS):
-            reason, message = failed[str(index)]
-        common = {name: row[name] for name in ("image_uri", "group", "split", *kept)}
-        captions = row["captions"] or []
-        if reason is not None:
-            reject = {"id": row["id"], "table": table, "uri": row["image_uri"], "reason": reason, "message": message}
-            yield reject | {"index": index}
-        elif table == "images":
-            yield {"id": row["id"], "caption": captions[0] if captions else None, **common}
-        else:
-            for number, caption in enumerate(captions):
-                yield {"id": f"{row['id']}#{number}", "pair_id": row["id"], "caption": caption, **common}
-
-
-def _vector_table(
-    table: str, records: list[dict[str, Any]], vectors: np.ndarray, kept: list[pa.Field], dtype: Dtype
-) -> pa.Table:
-    vectors = np.ascontiguousarray(vectors)
-    if len(vectors) != len(records):
-        raise RuntimeError(f"{len(records)} {table} to write, but {len(vectors)} vectors")
-    schema = embeddings_schema(table, vectors.shape[1], kept, dtype)
-    flat = pa.array(vectors.reshape(-1))
-    columns = {
-        name: pa.array([r[name] for r in records], schema.field(name).type)
-        for name in schema.names
-        if name != "embedding"
-    }
-    columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+    return dict(units.report(unit, pieces.planned, pieces.rejects, facts))
 
 
 def _pipeline(
@@ -322,7 +268,9 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
     plan, gpus = ledger.rows(unit), _gpus(config)
     options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
     actors: list[Any] = []
-    dead, pictures, told = [0], [], []
+    dead = [0]
+    pictures: list[np.ndarray] = []
+    told: list[np.ndarray] = []
     rejects: dict[str, list[str]] = {}
 
     def attempt(part: Sequence[int]) -> Any:

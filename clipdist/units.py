@@ -27,11 +27,10 @@ from clipdist.manifest import Manifest
 from clipdist.progress import Progress
 from clipdist.retry import retry_plan
 from clipdist.schema import Stamp
+from clipdist.tally import Tally
 from clipdist.throughput import Throughput
 from clipdist.update import begin_or_update, is_outdated
 
-HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
-"""After this many rows a job stops when this share of them was rejected: a wrong folder, missing credentials."""
 ATTEMPTS = 2
 """How often a process may die over a unit before it is taken out of the pipeline."""
 HOPELESS_SUSPECTS = 3
@@ -281,57 +280,6 @@ class Metrics:
         for table, reasons in rejected.items():
             for reason, count in reasons.items():
                 self.rejected.inc(count, self.job | {"table": table, "reason": reason})
-
-
-class Tally:
-    """Rows planned and rejected so far, per table and reason: of this plan, and of the state that it adds to."""
-
-    def __init__(self, ledger: Ledger, max_rejected_fraction: float) -> None:
-        self.ledger, self.limit = ledger, max_rejected_fraction
-        self.planned: Counter[str] = Counter()
-        self.reasons: dict[str, Counter[str]] = {}
-        for record in ledger.records():
-            self.add(record["planned"], record["rejected"])
-
-    def add(self, planned: dict[str, int], rejected: dict[str, dict[str, int]]) -> None:
-        self.planned.update(planned)
-        for table, reasons in rejected.items():
-            self.reasons.setdefault(table, Counter()).update(reasons)
-
-    def rejected(self) -> int:
-        return sum(sum(reasons.values()) for reasons in self.reasons.values())
-
-    def stop_if_hopeless(self) -> None:
-        """UserError when the limit is certain to be passed, or nearly everything fails."""
-        for table, rows in self.planned.items():
-            lost = sum(self.reasons.get(table, Counter()).values())
-            # An update may plan little else than the rows that were bad before.
-            certain = self.ledger.purpose != "update" and self.limit < HOPELESS_FRACTION
-            hopeless = certain and rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows
-            if hopeless or self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
-                raise UserError(self._failure(table, rows, lost))
-
-    def judge(self) -> None:
-        """UserError when more than the limit was rejected in the end."""
-        for table, rows in self.planned.items():
-            if self._too_many(table, rows):
-                raise UserError(self._failure(table, rows, sum(self.reasons[table].values())))
-
-    def _too_many(self, table: str, rows: int) -> bool:
-        base = self.ledger.base
-        lost = sum(self.reasons.get(table, Counter()).values()) + sum(base.rejected.get(table, {}).values())
-        return lost > self.limit * (rows + base.planned.get(table, 0))
-
-    def _failure(self, table: str, rows: int, lost: int) -> str:
-        lines = [
-            f"{lost:,} of {rows:,} {table} were rejected ({100 * lost / max(rows, 1):.1f} %); "
-            f"max_rejected_fraction allows {100 * self.limit:.1f} %. Nothing was published."
-        ]
-        lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons[table].most_common()]
-        lines += ["  for example:"] + [f"    {example}" for example in self.ledger.reject_examples(3)]
-        lines.append("  Mend the pictures and run the same command with retry_rejected=true (only these rows are tried")
-        lines.append("  again), or choose a new output for a changed table, or raise max_rejected_fraction.")
-        return "\n".join(lines)
 
 
 def _stop_if_nothing_lives(ledger: Ledger, suspects: Sequence[int], speed: Throughput) -> None:

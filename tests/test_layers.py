@@ -16,6 +16,8 @@ LIGHT = [
     "manifest",
     "ledger",
     "retry",
+    "tally",
+    "unit_tables",
     "lease",
     "journal",
     "topk",

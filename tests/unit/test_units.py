@@ -14,8 +14,9 @@ from clipdist.estimate import requests
 from clipdist.ledger import Ledger, begin
 from clipdist.retry import planned_row
 from clipdist.schema import Stamp
+from clipdist.tally import Tally
 from clipdist.throughput import Throughput
-from clipdist.units import Tally, halved
+from clipdist.units import halved
 
 STAMP = Stamp("embeddings", {"dim": 4})
 
