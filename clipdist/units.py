@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ HOPELESS_SUSPECTS = 3
 WAVE_UNITS = 16_384
 """Units per run of Ray Data: its driver keeps some kilobytes of each."""
 JOINS_AT_ONCE = 2
+STALL_SECONDS = 300.0
 
 Pipeline = Callable[[ray.data.Dataset, Ledger, Any], ray.data.Dataset]
 Rescue = Callable[[Ledger, int], dict[str, Any]]
@@ -110,7 +113,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
     tally = Tally(ledger, max_rejected_fraction)
     joiner = Joiner(ledger, work.join, set(todo))
     total, left = int(ledger.unit_rows.sum()), sum(ledger.rows_of(unit) for unit in todo)
-    with Progress(work.name, total, "rows", done=total - left) as progress:
+    with Progress(work.name, total, "rows", done=total - left) as progress, Stall(progress) as stall:
         if todo or joiner.ready:
             runtime.connect()
         watch = Watch.remote() if todo else None  # type: ignore[attr-defined]
@@ -132,6 +135,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
             wave = todo[start : start + WAVE_UNITS]
             units = ray.data.from_items([{"unit": unit} for unit in wave], override_num_blocks=len(wave))
             for report in _reports(work.pipeline(units, ledger, watch), ledger):
+                stall.over()
                 watch.forget.remote(int(report["unit"]))  # type: ignore[union-attr]
                 if report["planned"]:
                     take(report)
@@ -143,6 +147,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
             what = f"unit {unit} killed its process {ATTEMPTS} times; trying its rows apart"
             progress.note(what, note=what)
             take(work.rescue(ledger, unit))
+            stall.over()
         joiner.finish()
         if speed.rows and work.name == "embed":
             progress.note(speed.table(), **speed.summary())
@@ -154,6 +159,31 @@ def _reports(pipeline: ray.data.Dataset, ledger: Ledger) -> Iterator[dict[str, A
     except ray.exceptions.RayActorError as error:  # Ray starts an actor again that dies later, and over single rows
         which = "that load the model died before it was loaded"
         raise all_died(ledger, which) from error
+
+
+class Stall:
+    """Says from time to time that nothing is finished: Ray waits without a word for what a cluster has not, or has no
+    more."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.since, self.ended = progress, time.monotonic(), threading.Event()
+
+    def __enter__(self) -> Stall:
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+
+    def over(self) -> None:
+        self.since = time.monotonic()
+
+    def _look(self) -> None:
+        while not self.ended.wait(STALL_SECONDS):
+            minutes = (time.monotonic() - self.since) / 60
+            if minutes * 60 >= STALL_SECONDS:
+                what = f"no unit was finished for {minutes:.0f} minutes; `ray status` shows what the cluster lacks"
+                self.progress.note(what, note=what)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # its node may go
