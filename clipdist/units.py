@@ -192,11 +192,20 @@ class Watch:
 
     def __init__(self) -> None:
         self.begun: Counter[tuple[int, str]] = Counter()
+        self.loads = 0
 
     def begin(self, unit: int, stage: str) -> bool:
         """Whether to do it: False when as many processes died over it as may."""
         self.begun[unit, stage] += 1
         return self.begun[unit, stage] <= ATTEMPTS
+
+    def may_load(self, most: int) -> bool:
+        """Whether to load a model: False when so many processes in a row began to, and none came to the end."""
+        self.loads += 1
+        return self.loads <= most
+
+    def loaded(self) -> None:
+        self.loads = 0
 
     def forget(self, unit: int) -> None:
         for key in [key for key in self.begun if key[0] == unit]:
