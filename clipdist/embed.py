@@ -45,7 +45,7 @@ from clipdist.unit_tables import KILLS, unit_tables
 UNITS_PER_ENCODER = 4
 SAMPLE_ROWS = 32
 INIT_DEATHS = 3
-"""How often in a row an encoder may die while it loads its model."""
+"""How often in a row each encoder may die while it loads its model. Ray would start it again for ever."""
 HOPELESS_DEATHS = 24
 """When this many processes in a row died over the parts of a unit, and no row of the job is done, it is not the rows: a
 unit with a few rows that kill has parts that live long before."""
@@ -164,8 +164,11 @@ def load_unit(
 class EncodeUnit:
     """A Ray Data actor: the model is loaded once, then units of pixels and texts become vectors."""
 
-    def __init__(self, config: EmbedConfig, threads: int, slots: float, watch: Any) -> None:
+    def __init__(self, config: EmbedConfig, threads: int, slots: float, watch: Any, deaths: int) -> None:
+        if not ray.get(watch.may_load.remote(deaths)):
+            raise RuntimeError("processes that load the model die")
         self.encoder = Encoder(config, threads=threads)
+        watch.loaded.remote()
         self.slots, self.watch = slots, watch
         self.idle_since: float | None = None
 
@@ -229,6 +232,7 @@ def _pipeline(
             "threads": threads,
             "slots": encoders if gpus else cpus,
             "watch": watch,
+            "deaths": INIT_DEATHS * encoders,
         },
         # Beside a GPU the next unit is fetched, and the last one handed on, while one is encoded.
         compute=ray.data.ActorPoolStrategy(

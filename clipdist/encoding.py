@@ -68,12 +68,14 @@ def load_rows(
             return None
         try:
             started = time.monotonic()
-            data = read_picture(
-                row["image_uri"],
-                max_image_bytes=config.max_image_bytes,
-                allow_private_hosts=config.allow_private_hosts,
-            )
-            times.fetch.append(time.monotonic() - started)
+            try:
+                data = read_picture(
+                    row["image_uri"],
+                    max_image_bytes=config.max_image_bytes,
+                    allow_private_hosts=config.allow_private_hosts,
+                )
+            finally:  # what waited in vain has taken its time too
+                times.fetch.append(time.monotonic() - started)
             times.bytes.append(len(data))
             busy = time.thread_time()
             picture = images.decode(data, max_image_bytes=config.max_image_bytes, max_pixels=config.max_pixels)

@@ -67,7 +67,8 @@ def _read(uri: str, limit: int) -> bytes:
 
 def _bad(uri: str, error: Exception) -> BadImage:
     """The BadImage that stands for whatever was raised."""
-    message = f"{uri}: {error.__class__.__name__}: {error}"
+    said = str(error).removeprefix(f"{uri}: ")
+    message = f"{uri}: {error.__class__.__name__}: {said}"
     match error:
         case FetchError():
             return BadImage(f"fetch_{error.reason}", str(error), error.transient)

@@ -55,7 +55,14 @@ def filesystem(path: str) -> tuple[Filesystem, str]:
 
 
 def _patiently(fs: Filesystem, path: str, work: Callable[[], Result]) -> Result:
-    return work() if isinstance(fs, LocalFileSystem) else patience.patiently(fs, path, work)
+    if isinstance(fs, LocalFileSystem):
+        return work()
+    try:
+        return patience.patiently(fs, path, work)
+    except OSError as error:  # a store says what it denies, not where
+        if len(error.args) == 1 and isinstance(error.args[0], str) and path not in error.args[0]:
+            error.args = (f"{path}: {error.args[0]}",)
+        raise
 
 
 def is_local(path: str) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ HOPELESS_SUSPECTS = 3
 WAVE_UNITS = 16_384
 """Units per run of Ray Data: its driver keeps some kilobytes of each."""
 JOINS_AT_ONCE = 2
+STALL_SECONDS = 300.0
 
 Pipeline = Callable[[ray.data.Dataset, Ledger, Any], ray.data.Dataset]
 Rescue = Callable[[Ledger, int], dict[str, Any]]
@@ -111,7 +114,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
     tally = Tally(ledger, max_rejected_fraction)
     joiner = Joiner(ledger, work.join, set(todo))
     total, left = int(ledger.unit_rows.sum()), sum(ledger.rows_of(unit) for unit in todo)
-    with Progress(work.name, total, "rows", done=total - left) as progress:
+    with Progress(work.name, total, "rows", done=total - left) as progress, Stall(progress) as stall:
         if todo or joiner.ready:
             runtime.connect()
         watch = Watch.remote() if todo else None  # type: ignore[attr-defined]
@@ -133,6 +136,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
             wave = todo[start : start + WAVE_UNITS]
             units = ray.data.from_items([{"unit": unit} for unit in wave], override_num_blocks=len(wave))
             for report in _reports(work.pipeline(units, ledger, watch), ledger):
+                stall.over()
                 watch.forget.remote(int(report["unit"]))  # type: ignore[union-attr]
                 if report["planned"]:
                     take(report)
@@ -144,6 +148,7 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
             what = f"unit {unit} killed its process {ATTEMPTS} times; trying its rows apart"
             progress.note(what, note=what)
             take(work.rescue(ledger, unit))
+            stall.over()
         joiner.finish()
         if speed.rows and work.name == "embed":
             progress.note(speed.table(), **speed.summary())
@@ -157,17 +162,51 @@ def _reports(pipeline: ray.data.Dataset, ledger: Ledger) -> Iterator[dict[str, A
         raise all_died(ledger, which) from error
 
 
+class Stall:
+    """Says from time to time that nothing is finished: Ray waits without a word for what a cluster has not, or has no
+    more."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.since, self.ended = progress, time.monotonic(), threading.Event()
+
+    def __enter__(self) -> Stall:
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+
+    def over(self) -> None:
+        self.since = time.monotonic()
+
+    def _look(self) -> None:
+        while not self.ended.wait(STALL_SECONDS):
+            minutes = (time.monotonic() - self.since) / 60
+            if minutes * 60 >= STALL_SECONDS:
+                what = f"no unit was finished for {minutes:.0f} minutes; `ray status` shows what the cluster lacks"
+                self.progress.note(what, note=what)
+
+
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # its node may go
 class Watch:
     """Hears from every process which unit it begins, before it does."""
 
     def __init__(self) -> None:
         self.begun: Counter[tuple[int, str]] = Counter()
+        self.loads = 0
 
     def begin(self, unit: int, stage: str) -> bool:
         """Whether to do it: False when as many processes died over it as may."""
         self.begun[unit, stage] += 1
         return self.begun[unit, stage] <= ATTEMPTS
+
+    def may_load(self, most: int) -> bool:
+        """Whether to load a model: False when so many processes in a row began to, and none came to the end."""
+        self.loads += 1
+        return self.loads <= most
+
+    def loaded(self) -> None:
+        self.loads = 0
 
     def forget(self, unit: int) -> None:
         for key in [key for key in self.begun if key[0] == unit]:

@@ -93,20 +93,23 @@ class Jobs:
 
     @contextlib.contextmanager
     def second_node(self) -> Iterator[tuple[int, Callable[[], None]]]:
-        """Another node of the cluster while the block lasts: its raylet's process, and what kills it."""
-        with _environment(self.environment):  # workers get it from their raylet
-            node = self.cluster.add_node(num_cpus=1)
-        alive = [node]
+        """Another node of the cluster while the block lasts: its raylet's process, and what kills it and, as an
+        autoscaler does, brings another."""
+        nodes = []
 
-        def kill() -> None:
-            if alive:
-                self.cluster.remove_node(alive.pop(), allow_graceful=False)
+        def add() -> None:
+            with _environment(self.environment):  # workers get it from their raylet
+                nodes.append(self.cluster.add_node(num_cpus=1))
 
+        def replace() -> None:
+            self.cluster.remove_node(nodes.pop(), allow_graceful=False)
+            add()
+
+        add()
         try:
-            self.cluster.wait_for_nodes()
-            yield node.all_processes["raylet"][0].process.pid, kill
+            yield nodes[0].all_processes["raylet"][0].process.pid, replace
         finally:
-            kill()
+            self.cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     def start(self, catalog: Path | str, output: Path | str, **settings: Any) -> Driver:
         values = {

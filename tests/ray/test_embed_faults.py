@@ -111,14 +111,14 @@ def test_an_encoder_and_a_worker_are_killed(cluster: Jobs, catalog: Path, refere
 def test_a_node_is_killed(cluster: Jobs, catalog: Path, reference: Outcome) -> None:
     output = cluster.home / "killed-node"
     cluster.faults(slow=0.3)
-    with cluster.second_node() as (raylet, kill):
+    with cluster.second_node() as (raylet, replace):
 
         def begun() -> bool:
             return any(parent == raylet for what in ("load", "encode") for *_, parent in cluster.work(what))
 
         driver, watched = cluster.start(catalog, output, encoders=2), Watched(output)
         wait_for(lambda: begun() and watched.count("commits/") >= 2)
-        kill()
+        replace()
         assert driver.wait(240) == 0, driver.said()
     print(f"killed a node: {driver.seconds:.1f} s")
     print(driver.said())
