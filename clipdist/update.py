@@ -66,7 +66,7 @@ def _update_plan(ledger: Ledger, stamp: Stamp, plan: Plan, mode: Mode) -> Ledger
             found.add_table(progress)
             found.add_plan(plan(), progress)
             base, rows = found.base(mode), int(found.unchanged.sum())
-            found.count |= {"unchanged": rows}
+            found.count["unchanged"] = rows
             line = ", ".join(f"{count:,} {name}" for name, count in found.count.items())
             progress.note(f"rows of the input and of the table: {line}", **found.count)
     units = _without(plan(), found, int(stamp.identity["unit_rows"]))

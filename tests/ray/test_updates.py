@@ -1,0 +1,76 @@
+"""Embeddings brought up to another catalog by the real job, on drawn shapes."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipdist import embed, info
+from clipdist.config import UserError, load
+from clipdist.embed import EmbedConfig
+from clipdist.ledger import open_ledger
+from clipdist.manifest import Manifest, read_manifest
+from clipdist.shards import Shards
+from tests.conftest import write_shapes
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def write_rows(table: Path, rows: list[dict[str, str]]) -> Path:
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return table
+
+
+def run(table: Path, output: Path, model: str, **more: Any) -> Manifest:
+    catalog = {"source": {"path": str(table)}, "captions": ["a {colour} {shape}"], "columns": {"keep": ["colour"]}}
+    values = {"model": {"name": model}, "catalog": catalog, "output": str(output), "unit_rows": 8, "shard_rows": 16}
+    config: EmbedConfig = load(EmbedConfig, None, [f"{k}={json.dumps(v)}" for k, v in (values | more).items()]).config
+    return embed.run(config)
+
+
+def vectors(manifest: Manifest) -> dict[str, bytes]:
+    return {
+        row_id: row.tobytes()
+        for table in ("images", "texts")
+        for shards in [Shards(manifest, table)]
+        for row_id, row in zip(shards.columns(["id"])["id"].to_pylist(), shards.matrix(), strict=True)
+    }
+
+
+def test_add_and_mirror_hold_what_a_new_run_holds(tmp_path: Path, tiny_clip: str) -> None:
+    table = write_shapes(tmp_path / "raw", copies=1)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    output = tmp_path / "embeddings"
+    first = run(write_rows(table, rows[:24]), output, tiny_clip)
+    changed = [rows[2] | {"image": rows[3]["image"]}, rows[4] | {"colour": "dark red"}]
+    more = [*changed, *rows[5:30], rows[30] | {"image": "images/none.png"}]
+    write_rows(table, more)
+    with pytest.raises(UserError, match="update=add or update=mirror"):
+        run(table, output, tiny_clip)
+    added = run(table, output, tiny_clip, update="add")
+    book = open_ledger(str(output))
+    assert book is not None
+    assert int(book.unit_rows.sum()) == 9, "two changed, six new, one broken; nothing else"
+    assert set(first.files) < set(added.files)
+    assert added.planned == {"images": 31, "texts": 31}
+    assert added.rejected == {"images": {"missing": 1}, "texts": {}}
+    assert len(vectors(added)) == 30 + 31
+    mirrored = run(table, output, tiny_clip, update="mirror")
+    assert info.describe(str(output))["last change"] == "an update"
+    anew = run(table, tmp_path / "anew", tiny_clip)
+    assert mirrored.planned == anew.planned
+    assert mirrored.rejected == anew.rejected
+    here, there = vectors(mirrored), vectors(anew)
+    assert here.keys() == there.keys()
+    for row_id, one in here.items():  # of another place in its batch
+        pair = [np.frombuffer(data, np.float16).astype(np.float32) for data in (one, there[row_id])]
+        np.testing.assert_allclose(*pair, atol=2e-3)
+    assert run(table, output, tiny_clip, update="mirror").number == mirrored.number
+    assert read_manifest(str(output)).number == mirrored.number == 3
