@@ -135,8 +135,20 @@ class Encoder:
         return self._batches(tokens, self.model.text_embeddings)
 
     def _batches(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[Any]:
+        """Smaller batches from now on where a GPU has too little memory for them."""
+        while True:
+            try:
+                return self._in_batches_of(self.batch_rows, rows, encode)
+            except torch.OutOfMemoryError:
+                if self.batch_rows == 1:
+                    raise
+                self.batch_rows //= 2
+
+    def _in_batches_of(
+        self, size: int, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> NDArray[Any]:
         """Batches are padded to one size and never cross a unit, so vectors do not depend on what else ran."""
-        size, found = self.batch_rows, [np.zeros((0, self.model.dim), self.dtype)]
+        found = [np.zeros((0, self.model.dim), self.dtype)]
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.low):
             for start in range(0, len(rows), size):
                 batch = rows[start : start + size]
