@@ -304,7 +304,9 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
     plan, gpus = ledger.rows(unit), runtime.gpus()
     options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
     actors: list[Any] = []
-    dead, pictures, told = [0], [], []
+    dead = [0]
+    pictures: list[np.ndarray] = []
+    told: list[np.ndarray] = []
     rejects: dict[str, list[str]] = {}
 
     def attempt(part: Sequence[int]) -> Any:

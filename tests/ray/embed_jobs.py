@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from ray._private.utils import reset_ray_address
+from ray._common.utils import reset_ray_address
+from ray._private.utils import read_ray_address
 from ray.cluster_utils import Cluster
 
 from clipdist import models, storage
@@ -185,7 +186,8 @@ def _start_cluster() -> Cluster:
         try:
             settings = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
             cluster = Cluster(initialize_head=True, head_node_args=settings)
-            reset_ray_address()
+            if read_ray_address() == cluster.address:
+                reset_ray_address()
             return cluster
         except Exception:  # on a busy machine a node may come too late for Ray
             if not left:
