@@ -32,8 +32,10 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray"):
+    context.raise_original_map_exception = True  # or of what a worker raised only the text arrives
+    for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
     _quiet_actors()
 
 

@@ -160,6 +160,20 @@ def _reports(pipeline: ray.data.Dataset, ledger: Ledger) -> Iterator[dict[str, A
     except ray.exceptions.RayActorError as error:  # Ray starts an actor again that dies later, and over single rows
         which = "that load the model died before it was loaded"
         raise all_died(ledger, which) from error
+    except ray.exceptions.RayTaskError as error:
+        fault = _fault_behind(error)
+        if fault is None:
+            raise
+        raise fault from None
+
+
+def _fault_behind(error: BaseException | None) -> OSError | None:
+    """What the operating system said to a worker, such as that a disk is full, inside what Ray wraps around it."""
+    for _ in range(10):
+        if error is None or (isinstance(error, OSError) and not isinstance(error, ray.exceptions.RayTaskError)):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
 
 
 class Stall:

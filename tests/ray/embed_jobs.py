@@ -21,6 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from ray._common.utils import reset_ray_address
+from ray._private.utils import read_ray_address
 from ray.cluster_utils import Cluster
 
 from clipdist import models, storage
@@ -178,12 +180,15 @@ def jobs(home: Path, s3: str) -> Iterator[Jobs]:
 
 
 def _start_cluster() -> Cluster:
-    """One core, so that a job has few processes. In a folder of its own, or Ray elsewhere would find and join it."""
+    """One core, so that a job has few processes. Jobs that are not told its address do not find it."""
     for left in (2, 1, 0):
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: it holds sockets
         try:
             settings = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
-            return Cluster(initialize_head=True, head_node_args=settings)
+            cluster = Cluster(initialize_head=True, head_node_args=settings)
+            if read_ray_address() == cluster.address:
+                reset_ray_address()
+            return cluster
         except Exception:  # on a busy machine a node may come too late for Ray
             if not left:
                 raise
