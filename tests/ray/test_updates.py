@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipdist import embed, info
+from clipdist import embed, info, models
 from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.ledger import open_ledger
 from clipdist.manifest import Manifest, read_manifest
+from clipdist.models import ModelConfig
 from clipdist.shards import Shards
 from tests.conftest import write_shapes
 
@@ -47,14 +48,15 @@ def test_add_and_mirror_hold_what_a_new_run_holds(tmp_path: Path, tiny_clip: str
     table = write_shapes(tmp_path / "raw", copies=1)
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    output = tmp_path / "embeddings"
-    first = run(write_rows(table, rows[:24]), output, tiny_clip)
+    output, model = tmp_path / "embeddings", str(tmp_path / "model")
+    models.load(ModelConfig(name=tiny_clip)).save(Path(model), final_path=model)
+    first = run(write_rows(table, rows[:24]), output, model)
     changed = [rows[2] | {"image": rows[3]["image"]}, rows[4] | {"colour": "dark red"}]
     more = [*changed, *rows[5:30], rows[30] | {"image": "images/none.png"}]
     write_rows(table, more)
     with pytest.raises(UserError, match="update=add or update=mirror"):
-        run(table, output, tiny_clip)
-    added = run(table, output, tiny_clip, update="add")
+        run(table, output, model)
+    added = run(table, output, model, update="add")
     book = open_ledger(str(output))
     assert book is not None
     assert int(book.unit_rows.sum()) == 9, "two changed, six new, one broken; nothing else"
@@ -62,9 +64,9 @@ def test_add_and_mirror_hold_what_a_new_run_holds(tmp_path: Path, tiny_clip: str
     assert added.planned == {"images": 31, "texts": 31}
     assert added.rejected == {"images": {"missing": 1}, "texts": {}}
     assert len(vectors(added)) == 30 + 31
-    mirrored = run(table, output, tiny_clip, update="mirror")
+    mirrored = run(table, output, model, update="mirror")
     assert info.describe(str(output))["last change"] == "an update"
-    anew = run(table, tmp_path / "anew", tiny_clip)
+    anew = run(table, tmp_path / "anew", model)
     assert mirrored.planned == anew.planned
     assert mirrored.rejected == anew.rejected
     here, there = vectors(mirrored), vectors(anew)
@@ -72,5 +74,5 @@ def test_add_and_mirror_hold_what_a_new_run_holds(tmp_path: Path, tiny_clip: str
     for row_id, one in here.items():  # of another place in its batch
         pair = [np.frombuffer(data, np.float16).astype(np.float32) for data in (one, there[row_id])]
         np.testing.assert_allclose(*pair, atol=2e-3)
-    assert run(table, output, tiny_clip, update="mirror").number == mirrored.number
+    assert run(table, output, model, update="mirror").number == mirrored.number
     assert read_manifest(str(output)).number == mirrored.number == 3

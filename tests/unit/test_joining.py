@@ -98,12 +98,12 @@ def test_few_pieces_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     paths = write_pieces(str(tmp_path), [some_vectors(5, 8, seed=number) for number in range(40)])
     real, begun = joining._piece, []
 
-    def piece(path: str, identity: object) -> pa.Table:
+    def piece(path: str, identity: object, rows: object) -> pa.Table:
         begun.append(path)
-        return real(path, identity)
+        return real(path, identity, rows)
 
     monkeypatch.setattr(joining, "_piece", piece)
-    pieces = joining._pieces(paths, stamp_of(some_vectors(1, 8)))
+    pieces = joining._pieces(paths, stamp_of(some_vectors(1, 8)), {}, joining.READERS)
     next(pieces)
     assert 1 < len(begun) <= joining.READERS + 1
     assert len(list(pieces)) == 39
