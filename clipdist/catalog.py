@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from clipdist import images, models, planning, storage
 from clipdist.config import Section, UserError
+from clipdist.images import Preprocess
+from clipdist.loading import Reading
 from clipdist.manifest import Manifest, read_manifest
 from clipdist.models import ModelConfig
 from clipdist.planning import ColumnsConfig, SplitConfig
@@ -95,6 +97,11 @@ class EmbedConfig(Section):
         if self.update and self.retry_rejected:
             raise ValueError("give either update or retry_rejected; an update tries the rejected rows of its input too")
         return self
+
+    def reading(self, preprocess: Preprocess) -> Reading:
+        """How rows are read: the part of this config that goes to the processes that load."""
+        limits = (self.max_image_bytes, self.max_pixels, self.allow_private_hosts)
+        return Reading(self.towers, *limits, preprocess)
 
     @property
     def shard_units(self) -> int:

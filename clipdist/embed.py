@@ -22,25 +22,16 @@ import ray.data
 from clipdist import catalog, models, planning, runtime, storage, units
 from clipdist.catalog import EmbedConfig as EmbedConfig
 from clipdist.config import UserError, dump
-from clipdist.encoding import (
-    READERS,
-    Encoder,
-    Times,
-    from_bytes,
-    load_rows,
-    rejects_of,
-    stack,
-    texts_of,
-    to_bytes,
-)
+from clipdist.encoding import Encoder
 from clipdist.estimate import Sample, estimate
 from clipdist.images import Preprocess
 from clipdist.joining import join_shards
 from clipdist.ledger import Ledger
-from clipdist.manifest import File, Manifest
+from clipdist.loading import READERS, Times, load_rows, rejects_of, stack, texts_of
+from clipdist.manifest import Manifest
 from clipdist.schema import stored_dtype
-from clipdist.shards import encode_shard
-from clipdist.unit_tables import KILLS, unit_tables
+from clipdist.unit_tables import KILLS, from_bytes, to_bytes
+from clipdist.unit_tasks import load_unit, write_unit
 
 UNITS_PER_ENCODER = 4
 SAMPLE_ROWS = 32
@@ -98,11 +89,12 @@ def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
     unit = next(iter(catalog.plan(config, rows=SAMPLE_ROWS)), None)
     plan = unit if unit is not None else pa.table({})
     rows, times, encoder = plan.to_pylist(), Times(), Encoder(config, model)
+    reading = config.reading(model.preprocess)
     encoder.images(np.zeros((1, model.preprocess.size, model.preprocess.size, 3), np.uint8))  # so that it is warm
     started = time.monotonic()
-    loaded = load_rows(rows, config, model.preprocess, times)
+    loaded = load_rows(rows, reading, times)
     vectors = encoder.images(stack(loaded, model.preprocess.size))
-    texts = texts_of(rows, config)
+    texts = texts_of(rows, reading)
     told = encoder.texts(texts)
     seconds, rejects = time.monotonic() - started, rejects_of(loaded)
     lengths = np.linalg.norm(np.concatenate([vectors, told]).astype(np.float32), axis=1)
@@ -133,32 +125,6 @@ def summary(manifest: Manifest) -> list[tuple[str, str]]:
         ("dimensions", f"{identity['dim']} x {stored_dtype(manifest.stamp)}"),
         ("model", manifest.stamp.recorded.get("model", "?")),
     ]
-
-
-def load_unit(
-    row: dict[str, Any],
-    ledger: Ledger,
-    config: EmbedConfig,
-    preprocess: Preprocess,
-    watch: Any,
-    slots: tuple[float, float],
-) -> dict[str, Any]:
-    """A unit's pictures as pixels, and its texts; a row that fails is carried as a reject."""
-    unit = int(row["unit"])
-    empty = {"pixels": np.zeros((0, 1, 1, 3), np.uint8), "texts": "[]", "rejects": "{}", "facts": "{}", "plan": b""}
-    if not units.may_begin(watch, unit, "load"):
-        return {"unit": unit, **empty}
-    plan = ledger.rows(unit)
-    rows, times = plan.to_pylist(), Times()
-    loaded = load_rows(rows, config, preprocess, times)
-    return {
-        "unit": unit,
-        "pixels": stack(loaded, preprocess.size),
-        "texts": json.dumps(texts_of(rows, config)),
-        "rejects": json.dumps(rejects_of(loaded)),
-        "facts": json.dumps({"rows": len(rows), **times.facts(*slots)}),
-        "plan": to_bytes(plan),
-    }
 
 
 class EncodeUnit:
@@ -193,23 +159,6 @@ def _clock(encoder: Encoder) -> float:
     return time.process_time() if encoder.device.type == "cpu" else time.monotonic()
 
 
-def write_unit(row: dict[str, Any], ledger: Ledger, config: EmbedConfig, cores: float) -> dict[str, Any]:
-    """Joins a unit's vectors with its rows again, writes its pieces, commits."""
-    unit = int(row["unit"])
-    if not row["plan"]:
-        return units.suspect(unit)
-    started, facts = time.monotonic(), json.loads(row["facts"])
-    vectors = {str(table): row[table] for table in config.towers}
-    pieces = unit_tables(from_bytes(row["plan"]), json.loads(row["rejects"]), vectors, config.dtype)
-    tables: dict[tuple[str, str | None], tuple[bytes, File]] = {
-        (name, None): encode_shard(rows, name, ledger.stamp) for name, rows in pieces.tables.items()
-    }
-    ledger.commit(unit, tables, pieces.planned, pieces.rejects)
-    facts.setdefault("seconds", {})["write"] = time.monotonic() - started
-    facts.setdefault("slots", {})["write"] = cores
-    return dict(units.report(unit, pieces.planned, pieces.rejects, facts))
-
-
 def _pipeline(
     todo: ray.data.Dataset, ledger: Ledger, watch: Any, config: EmbedConfig, preprocess: Preprocess
 ) -> ray.data.Dataset:
@@ -221,8 +170,9 @@ def _pipeline(
     cores = 1.0 if gpus else 0.5 * min(threads, cpus / encoders)
     ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = INIT_DEATHS
     load = partial(
-        load_unit, ledger=ledger, config=config, preprocess=preprocess, watch=watch, slots=(READERS * cpus, cpus)
+        load_unit, ledger=ledger, reading=config.reading(preprocess), watch=watch, slots=(READERS * cpus, cpus)
     )
+    write = partial(write_unit, ledger=ledger, towers=config.towers, dtype=config.dtype, cores=cpus)
     # Another number than an encoder's, or Ray makes one process of the two.
     loaded = todo.map(load, num_cpus=1 if gpus else 0.4)
     encoded = loaded.map(
@@ -243,7 +193,7 @@ def _pipeline(
         num_cpus=cores,
         num_gpus=1 if gpus else 0,
     )
-    return encoded.map(partial(write_unit, ledger=ledger, config=config, cores=cpus), num_cpus=0.3)
+    return encoded.map(write, num_cpus=0.3)
 
 
 def _gpus(config: EmbedConfig) -> int:
@@ -257,14 +207,14 @@ class _Rescuer:
     """A process that may die: it loads and encodes some rows of a unit."""
 
     def __init__(self, config: EmbedConfig, preprocess: Preprocess) -> None:
-        self.config, self.preprocess = config, preprocess
+        self.reading = config.reading(preprocess)
         self.encoder = Encoder(config, threads=runtime.cpus())
 
     def attempt(self, plan: bytes) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
         rows = from_bytes(plan).to_pylist()
-        loaded = load_rows(rows, self.config, self.preprocess, Times())
-        pixels = stack(loaded, self.preprocess.size)
-        return self.encoder.images(pixels), self.encoder.texts(texts_of(rows, self.config)), rejects_of(loaded)
+        loaded = load_rows(rows, self.reading, Times())
+        pixels = stack(loaded, self.reading.preprocess.size)
+        return self.encoder.images(pixels), self.encoder.texts(texts_of(rows, self.reading)), rejects_of(loaded)
 
 
 def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preprocess) -> dict[str, Any]:
@@ -301,4 +251,4 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
     none = np.zeros((0, int(ledger.stamp.identity["dim"])), config.dtype)
     row = {"unit": unit, "plan": to_bytes(plan), "rejects": json.dumps(rejects)}
     row |= {"images": np.concatenate([none, *pictures]), "texts": np.concatenate([none, *told])}
-    return write_unit(row | {"facts": json.dumps({"rows": len(plan)})}, ledger, config, 1.0)
+    return write_unit(row | {"facts": json.dumps({"rows": len(plan)})}, ledger, config.towers, config.dtype, 1.0)

@@ -83,3 +83,15 @@ def _vector_table(
     }
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type)
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """A table as an Arrow stream, to travel inside a row of Ray Data."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()

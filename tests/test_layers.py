@@ -1,6 +1,8 @@
 """The architecture as a list: modules import only earlier ones, and libraries only where they belong."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,7 @@ LEARN = [
     "images",
     "augment",
     "pictures",
+    "loading",
     "batches",
     "tables",
     "folders",
@@ -81,7 +84,7 @@ LEARN = [
     "starter",
     "searcher",
 ]
-RAY = ["runtime", "units", "prepare", "embed", "workers", "train", "evaluate", "find"]
+RAY = ["runtime", "units", "unit_tasks", "prepare", "embed", "workers", "train", "evaluate", "find"]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 
@@ -177,3 +180,11 @@ def test_module_keeps_the_rules(name: str) -> None:
 )
 def test_a_broken_rule_is_seen(name: str, source: str) -> None:
     assert faults(name, source)
+
+
+@pytest.mark.parametrize("module", ["unit_tasks", "units", "search", "compact", "update"])
+def test_processes_that_do_without_torch_do_not_load_it(module: str) -> None:
+    """Every worker process imports for itself: with torch and open_clip that takes seconds and half a GB."""
+    code = f"import sys, clipdist.{module}; print({{'torch', 'open_clip', 'timm', 'matplotlib'}} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"

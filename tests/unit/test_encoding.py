@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdist import encoding, models
+from clipdist import loading, models
 from clipdist.catalog import EmbedConfig
 from clipdist.config import load
-from clipdist.encoding import Encoder, Times, load_rows, rejects_of
+from clipdist.encoding import Encoder
 from clipdist.images import BadImage
+from clipdist.loading import Times, load_rows, rejects_of
 from clipdist.models import ModelConfig
 from clipdist.towers import Towers
 from tests.unit.test_images import encoded
@@ -90,8 +91,8 @@ class Store:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store(encoded(Image.new("RGB", (40, 30), "red"), "JPEG"))
-    monkeypatch.setattr(encoding, "read_picture", found.read)
-    monkeypatch.setattr(encoding, "SECOND_ATTEMPT_SECONDS", 0.01)
+    monkeypatch.setattr(loading, "read_picture", found.read)
+    monkeypatch.setattr(loading, "SECOND_ATTEMPT_SECONDS", 0.01)
     return found
 
 
@@ -101,20 +102,20 @@ def rows(*uris: str) -> list[dict[str, Any]]:
 
 def test_faults_that_pass_get_a_second_attempt_and_others_none(store: Store, towers: Towers) -> None:
     uris = ["good", "once-1", "gone", "never-1", "once-2", "good-2"]
-    found = load_rows(rows(*uris), config(), towers.preprocess, Times())
+    found = load_rows(rows(*uris), config().reading(towers.preprocess), Times())
     assert rejects_of(found) == {"2": ["missing", "404"], "3": ["unreadable", "503"]}
     assert store.reads == {"good": 1, "good-2": 1, "gone": 1, "once-1": 2, "once-2": 2, "never-1": 2}
 
 
 def test_a_store_that_is_down_is_not_asked_twice_for_everything(store: Store, towers: Towers) -> None:
-    found = load_rows(rows(*(f"never-{i}" for i in range(100))), config(), towers.preprocess, Times())
+    found = load_rows(rows(*(f"never-{i}" for i in range(100))), config().reading(towers.preprocess), Times())
     assert len(rejects_of(found)) == 100
-    assert sum(store.reads.values()) == 100 + encoding.PROBES
+    assert sum(store.reads.values()) == 100 + loading.PROBES
 
 
 def test_rows_that_were_rejected_before_are_not_read(store: Store, towers: Towers) -> None:
     planned = rows("good", "good-2", "good-3")
     planned[1]["reason"], planned[2]["only"] = "duplicate_id", "texts"
-    found = load_rows(planned, config(), towers.preprocess, Times())
+    found = load_rows(planned, config().reading(towers.preprocess), Times())
     assert [type(one).__name__ for one in found] == ["ndarray", "NoneType", "NoneType"]
     assert set(store.reads) == {"good"}

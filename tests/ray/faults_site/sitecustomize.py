@@ -1,5 +1,5 @@
-"""Faults inside the processes of a job, put in from outside: with this folder on PYTHONPATH, clipdist.encoding is
-changed as soon as it is imported. The file that EMBED_FAULTS names says what is to happen now:
+"""Faults inside the processes of a job, put in from outside: with this folder on PYTHONPATH, modules are
+changed as soon as they are imported. The file that EMBED_FAULTS names says what is to happen now:
 
     {"decode": "dies"}    a process dies when it decodes a picture whose file holds KILLS_DECODER
     {"encode": "marked"}  ... when it encodes a picture that is of the colour MARKED all over
@@ -52,9 +52,8 @@ def _change_fetch(fetch):
     fetch.is_public = lambda text: text == _now().get("public") or real(text)
 
 
-def _change_encoding(module):
-    real_load, real_images, real_init = module.load_rows, module.Encoder.images, module.Encoder.__init__
-    real_decode = module.images.decode
+def _change_loading(module):
+    real_load, real_decode = module.load_rows, module.images.decode
 
     def load_rows(rows, *args, **kwargs):
         _tell("load", len(rows))
@@ -65,6 +64,12 @@ def _change_encoding(module):
         if _now().get("decode") == "dies" and KILLS_DECODER in data:
             os._exit(9)
         return real_decode(data, **kwargs)
+
+    module.load_rows, module.images.decode = load_rows, decode
+
+
+def _change_encoding(module):
+    real_images, real_init = module.Encoder.images, module.Encoder.__init__
 
     def init(self, *args, **kwargs):
         if _now().get("load") == "always":
@@ -81,11 +86,11 @@ def _change_encoding(module):
             time.sleep(_now().get("slow", 0))
         return real_images(self, pixels)
 
-    module.load_rows, module.images.decode = load_rows, decode
     module.Encoder.__init__, module.Encoder.images = init, images
 
 
 CHANGES = {
+    "clipdist.loading": _change_loading,
     "clipdist.encoding": _change_encoding,
     "clipdist.storage": _change_storage,
     "clipdist.fetch": _change_fetch,
