@@ -111,7 +111,8 @@ class Jobs:
         try:
             yield nodes[0].all_processes["raylet"][0].process.pid, replace
         finally:
-            self.cluster.remove_node(nodes.pop(), allow_graceful=False)
+            self.cluster.remove_node(nodes.pop(), allow_graceful=True)
+            self.cluster.wait_for_nodes()  # until it is known to be gone: the next job counts cores
 
     def start(self, catalog: Path | str, output: Path | str, **settings: Any) -> Driver:
         values = {
