@@ -34,7 +34,7 @@ class Removed:
 
     def not_there(self) -> str:
         some = ", ".join(self.unknown[:EXAMPLES]) + (", ..." if len(self.unknown) > EXAMPLES else "")
-        return f"not there: {len(self.unknown):,} ids ({some})"
+        return f"not there: {len(self.unknown):,} {'id' if len(self.unknown) == 1 else 'ids'} ({some})"
 
 
 def read_ids(path: str) -> list[str]:

@@ -34,6 +34,7 @@ RESERVED = (
     "thumbnail",
     "reason",
     "message",
+    "only",
 )
 """Column names that clipdist fills itself; passthrough columns need other names."""
 

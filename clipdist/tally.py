@@ -33,8 +33,8 @@ class Tally:
         """UserError when the limit is certain to be passed, or nearly everything fails."""
         for table, rows in self.planned.items():
             lost = sum(self.reasons.get(table, Counter()).values())
-            # An update may plan little else than the rows that were bad before.
-            certain = self.ledger.purpose != "update" and self.limit < HOPELESS_FRACTION
+            # A later plan may hold little else than rows that were bad before.
+            certain = self.ledger.purpose == "make" and self.limit < HOPELESS_FRACTION
             hopeless = certain and rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows
             if hopeless or self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
                 raise UserError(self._failure(table, rows, lost))
