@@ -162,7 +162,8 @@ def _reports(pipeline: ray.data.Dataset, ledger: Ledger) -> Iterator[dict[str, A
         fault = _fault_behind(error)
         if fault is None:
             raise
-        if isinstance(fault, OSError) and fault.errno is not None:  # Ray Data puts words of its own in the place of the path
+        if isinstance(fault, OSError) and fault.errno is not None:
+            # Ray Data puts words of its own in the place of the path
             raise type(fault)(fault.errno, fault.strerror, ledger.uri) from None
         raise fault from None
 
