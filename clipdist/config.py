@@ -31,7 +31,7 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
-        return (UserError, self.problems)
+        return (type(self), self.problems)
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:

@@ -131,14 +131,16 @@ class EncodeUnit:
     """A Ray Data actor: the model is loaded once, then units of pixels and texts become vectors."""
 
     def __init__(self, config: EmbedConfig, threads: int, slots: float, watch: Any, deaths: int) -> None:
-        if not ray.get(watch.may_load.remote(deaths)):
-            raise RuntimeError("processes that load the model die")
-        self.encoder = Encoder(config, threads=threads)
-        watch.loaded.remote()
+        self.encoder: Encoder | None = None  # an error here would be shown with all of Ray's stack
+        if ray.get(watch.may_load.remote(deaths)):
+            self.encoder = Encoder(config, threads=threads)
+            watch.loaded.remote()
         self.slots, self.watch = slots, watch
         self.idle_since: float | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.encoder is None:
+            raise units.model_dies()
         carried = {name: row[name] for name in ("unit", "plan", "rejects", "facts")}
         none = self.encoder.images(np.zeros((0, 1, 1, 3), np.uint8))
         if not row["plan"] or not units.may_begin(self.watch, int(row["unit"]), "encode"):

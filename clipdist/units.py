@@ -158,22 +158,23 @@ def _reports(pipeline: ray.data.Dataset, ledger: Ledger) -> Iterator[dict[str, A
     try:
         yield from pipeline.iter_rows()
     except ray.exceptions.RayActorError as error:  # Ray starts an actor again that dies later, and over single rows
-        which = "that load the model died before it was loaded"
-        raise all_died(ledger, which) from error
+        raise model_dies() from error
     except ray.exceptions.RayTaskError as error:
         fault = _fault_behind(error)
         if fault is None:
             raise
-        if fault.errno is not None:  # Ray Data puts words of its own in the place of the path
+        if isinstance(fault, OSError) and fault.errno is not None:
+            # Ray Data puts words of its own in the place of the path
             raise type(fault)(fault.errno, fault.strerror, ledger.uri) from None
         raise fault from None
 
 
-def _fault_behind(error: BaseException | None) -> OSError | None:
-    """What the operating system said to a worker, such as that a disk is full, inside what Ray wraps around it."""
+def _fault_behind(error: BaseException | None) -> OSError | UserError | None:
+    """What a worker met, such as a disk that is full or a store that is down, inside what Ray wraps around it."""
     for _ in range(10):
-        if error is None or (isinstance(error, OSError) and not isinstance(error, ray.exceptions.RayTaskError)):
-            return error
+        told = isinstance(error, OSError | UserError) and not isinstance(error, ray.exceptions.RayTaskError)
+        if error is None or told:
+            return error  # type: ignore[return-value]
         error = getattr(error, "cause", None) or error.__cause__
     return None
 
@@ -343,6 +344,13 @@ def _stop_if_nothing_lives(ledger: Ledger, suspects: Sequence[int], speed: Throu
             ledger,
             f"that worked on the first {len(suspects)} units all died, {ATTEMPTS} times each, and none was finished",
         )
+
+
+def model_dies() -> UserError:
+    return UserError(
+        "the processes that load the model die before it is loaded: most likely there is too little memory. Try fewer "
+        "encoders or larger machines"
+    )
 
 
 def all_died(ledger: Ledger, which: str) -> UserError:
