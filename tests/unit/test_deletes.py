@@ -85,7 +85,16 @@ def table_without(uri: str, vectors: Vectors, rows: Sequence[int]) -> tuple[Shar
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("small_row_groups")
-def test_every_reader_sees_the_rows_that_live(place: str, case: list[int], dtype: Dtype) -> None:
+def test_every_reader_sees_the_rows_that_live(tmp_path: Path, case: list[int], dtype: Dtype) -> None:
+    every_reader_sees_the_rows_that_live(str(tmp_path), case, dtype)
+
+
+@pytest.mark.usefixtures("small_row_groups")
+def test_every_reader_of_a_store_sees_the_rows_that_live(place: str) -> None:
+    every_reader_sees_the_rows_that_live(place, CASES["a row group and its neighbours"], "float32")
+
+
+def every_reader_sees_the_rows_that_live(place: str, case: list[int], dtype: Dtype) -> None:
     vectors = some_vectors(50, 4, dtype=dtype)
     found, whole = table_without(place, vectors, case)
     live = np.setdiff1d(np.arange(50), case)
