@@ -86,7 +86,8 @@ class EmbedConfig(Section):
     use_gpu: bool | None = None
     """null: if the cluster has GPUs now; true: also when it only gets them once they are asked for."""
     encoders: int | None = Field(None, ge=1)
-    """Encoding actors; null: one per GPU of the cluster; on CPUs one per core, at most 8, fewer for a small input."""
+    """Encoding actors; null: one per GPU of the cluster; on CPUs one per core, at most 8 a node, fewer for a small
+    input."""
 
     @model_validator(mode="after")
     def _one_input(self) -> EmbedConfig:

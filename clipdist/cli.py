@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipdist import __version__
-from clipdist.config import Loaded, Section, UserError, explain, load
-from clipdist.patience import StoreDown
+from clipdist.config import Fault, Loaded, Section, UserError, explain, load
 
 JOBS = {
     "prepare": ("PrepareConfig", "raw tables, folders or tars -> validated pairs"),
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         several = f"{len(error.problems)} problems:\n  " if len(error.problems) > 1 else ""
         print(f"clipdist {options.command}: {several}" + "\n  ".join(error.problems), file=sys.stderr)
-        return 1 if isinstance(error, StoreDown) else 2
+        return 1 if isinstance(error, Fault) else 2
     except KeyboardInterrupt:
         print(
             f"\nclipdist {options.command}: interrupted. What is finished stays; run the same command again to go on.",
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"clipdist {options.command}: {mistake or f'{type(error).__name__}: {error}'}", file=sys.stderr)
         fault = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
-        return 1 if isinstance(mistake, StoreDown) or (mistake is None and fault) else 2
+        return 1 if isinstance(mistake, Fault) or (mistake is None and fault) else 2
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

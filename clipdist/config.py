@@ -34,6 +34,10 @@ class UserError(Exception):
         return (type(self), self.problems)
 
 
+class Fault(UserError):
+    """What is no person's mistake, and has a message for one all the same: exit code 1."""
+
+
 def together(*checks: Callable[[], Any]) -> list[Any]:
     """What each check returns. UserError with the problems of all that fail, instead of the first one's."""
     results: list[Any] = []

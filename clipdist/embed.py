@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 
 from clipdist import catalog, models, planning, runtime, storage, units
 from clipdist.catalog import EmbedConfig as EmbedConfig
@@ -34,6 +35,15 @@ from clipdist.unit_tables import KILLS, from_bytes, to_bytes
 from clipdist.unit_tasks import load_unit, write_unit
 
 UNITS_PER_ENCODER = 4
+ENCODERS_PER_NODE = 8
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.WorkerCrashedError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
+"""What a row can do to the process that works on it."""
 SAMPLE_ROWS = 32
 INIT_DEATHS = 3
 """How often in a row each encoder may die while it loads its model. Ray would start it again for ever."""
@@ -68,7 +78,7 @@ def run(config: EmbedConfig) -> Manifest:
         ),
         max_rejected_fraction=config.max_rejected_fraction,
         retry_rejected=config.retry_rejected,
-        config=dump(resolved),
+        config=dump(resolved.model_copy(update={"update": None, "retry_rejected": False})),  # they were for once
         shard_units=config.shard_units,
         update=config.update,
     )
@@ -146,14 +156,17 @@ class EncodeUnit:
         if not row["plan"] or not units.may_begin(self.watch, int(row["unit"]), "encode"):
             return {**carried, "plan": b"", "images": none, "texts": none}
         started, busy = time.monotonic(), _clock(self.encoder)
-        found = {"images": self.encoder.images(row["pixels"]), "texts": self.encoder.texts(json.loads(row["texts"]))}
+        try:
+            shown, told = self.encoder.images(row["pixels"]), self.encoder.texts(json.loads(row["texts"]))
+        except (MemoryError, torch.OutOfMemoryError):  # even in batches of one row: these are tried apart
+            return {**carried, "plan": b"", "images": none, "texts": none}
         ended = time.monotonic()
         facts = json.loads(row["facts"])
         facts["seconds"]["encode"] = _clock(self.encoder) - busy
         facts["slots"]["encode"] = self.slots
         facts |= {"wait": started - self.idle_since if self.idle_since else 0.0, "busy": ended - started}
         self.idle_since = ended
-        return {**carried, "facts": json.dumps(facts), **found}
+        return {**carried, "facts": json.dumps(facts), "images": shown, "texts": told}
 
 
 def _clock(encoder: Encoder) -> float:
@@ -167,8 +180,9 @@ def _pipeline(
     """On GPUs an actor owns one; on CPUs actors ask for half of their cores, so that loading finds a slot."""
     cpus, gpus = runtime.cpus(), _gpus(config)
     few = max(1, len(ledger.units) // UNITS_PER_ENCODER)  # each actor loads the model: not worth it for a small input
-    encoders = config.encoders or (gpus if gpus else min(cpus, 8, few))
-    threads = max(1, cpus // encoders)
+    node = runtime.node_cpus()
+    encoders = config.encoders or (gpus if gpus else min(few, cpus // max(1, node // ENCODERS_PER_NODE)))
+    threads = max(1, min(node, cpus // encoders))
     cores = 1.0 if gpus else 0.5 * min(threads, cpus / encoders)
     ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = INIT_DEATHS
     load = partial(
@@ -208,9 +222,9 @@ def _gpus(config: EmbedConfig) -> int:
 class _Rescuer:
     """A process that may die: it loads and encodes some rows of a unit."""
 
-    def __init__(self, config: EmbedConfig, preprocess: Preprocess) -> None:
+    def __init__(self, config: EmbedConfig, preprocess: Preprocess, threads: int) -> None:
         self.reading = config.reading(preprocess)
-        self.encoder = Encoder(config, threads=runtime.cpus())
+        self.encoder = Encoder(config, threads=threads)
 
     def attempt(self, plan: bytes) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
         rows = from_bytes(plan).to_pylist()
@@ -231,11 +245,11 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
 
     def attempt(part: Sequence[int]) -> Any:
         if not actors:
-            actors.append(ray.remote(_Rescuer).options(**options).remote(config, preprocess))
+            actors.append(ray.remote(_Rescuer).options(**options).remote(config, preprocess, runtime.node_cpus()))
         try:
             return ray.get(actors[0].attempt.remote(to_bytes(plan.slice(part[0], len(part)))))
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
-            actors.clear()
+        except DEATHS:
+            ray.kill(actors.pop())
             dead[0] += 1
             if dead[0] >= HOPELESS_DEATHS and not pictures and not ledger.records():
                 raise units.all_died(ledger, f"that tried rows of unit {unit} all died, {dead[0]} in a row") from None

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 
 from clipdist import patience, storage
-from clipdist.config import UserError
+from clipdist.config import Fault, UserError
 
 RENEW_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
@@ -24,12 +24,14 @@ class Lease:
 
     def __init__(self, uri: str) -> None:
         self.uri, self.path, self.nonce = uri, storage.join(uri, "running.json"), uuid.uuid4().hex
+        self.lost = False
+        """Whether a renewal found that it is another's."""
 
     def check(self) -> None:
-        """UserError when the lease is another's, or gone. It looks itself: a run that wakes up is here before its
+        """Fault when the lease is another's, or gone. It looks itself: a run that wakes up is here before its
         renewals are."""
-        if not _is_ours(self.path, self.nonce):
-            raise UserError(
+        if self.lost or not _is_ours(self.path, self.nonce):
+            raise Fault(
                 f"{self.uri}: another run took over this output, because this one was not heard of for "
                 f"{STALE_SECONDS:.0f} s (paused, or cut off from the store); this one stops and leaves it alone"
             )
@@ -81,6 +83,7 @@ def _renew(lease: Lease, stop: threading.Event) -> None:
             if _is_ours(lease.path, lease.nonce):
                 storage.write_atomic(lease.path, _record(lease.nonce))
                 continue
+            lease.lost = True
             print(f"{lease.uri}: another run took over this output; this one will stop", file=sys.stderr)
             return
 

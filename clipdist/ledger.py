@@ -1,6 +1,6 @@
 """Exactly-once tables: plans made once, a commit per unit of work, units joined into shards, numbered manifests.
 
-plan/<nonce>/000000.arrows    the planned rows, one Arrow stream per unit
+plan/000001-<nonce>/000000.arrows   the planned rows, one Arrow stream per unit
 plans/00000001.json           stamp, units, and the state that they add to; put-if-absent: the first writer wins
 pieces/000012-<nonce>...      the results of unit 12
 commits/000012.json           names the files of unit 12; put-if-absent: a unit is committed once
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from clipdist import storage
-from clipdist.config import UserError
+from clipdist.config import Fault, UserError
 from clipdist.manifest import File, Manifest, latest, read_manifest, refuse_other_stamp
 from clipdist.schema import REJECTS, Stamp
 
@@ -207,7 +207,7 @@ class Ledger:
         if not storage.put_if_absent(path, json.dumps(manifest.to_json()).encode()):
             manifest = read_manifest(self.uri)
             if manifest.plan < self.number:
-                raise UserError(f"{self.uri}: another job changed this table meanwhile; run the same command again")
+                raise changed_meanwhile(self.uri)
         self.sweep(manifest)
         return manifest
 
@@ -274,7 +274,7 @@ class Ledger:
             self._remove([name for name in there if name not in keep and _number(name) < end])
         planned = {path.split("/")[1] for path in self.plan_files}
         for name in storage.names(self._path("plan")):
-            if name not in planned:
+            if name not in planned and _number(name) <= self.number:
                 storage.remove_tree(self._path(f"plan/{name}"))
         for name in storage.names(self._path("manifests")):
             if _number(name) < manifest.number - 1:
@@ -344,25 +344,29 @@ def _make_plan(
     first_shard: int,
     shard_units: int,
 ) -> Ledger:
-    files, rows, ends = _write_plan(uri, units, shard_units or PLAN_FILE_UNITS)
+    files, rows, ends = _write_plan(uri, number, units, shard_units or PLAN_FILE_UNITS)
     value: dict[str, Any] = {"number": number, "purpose": purpose, "nonce": uuid.uuid4().hex, "stamp": stamp.to_json()}
     value |= {"base": base.to_json(), "plan_files": files, "unit_rows": rows, "unit_ends": ends}
     value |= {"first_unit": first_unit, "first_shard": first_shard, "shard_units": shard_units}
-    storage.put_if_absent(storage.join(uri, f"plans/{number:08d}.json"), json.dumps(value).encode())
+    won = storage.put_if_absent(storage.join(uri, f"plans/{number:08d}.json"), json.dumps(value).encode())
+    if not won and number > 1:
+        raise changed_meanwhile(uri)
     made = open_ledger(uri)
     assert made is not None
     return made
 
 
-def _write_plan(uri: str, units: Iterable[pa.Table], per_file: int) -> tuple[list[str], list[int], list[int]]:
+def _write_plan(
+    uri: str, number: int, units: Iterable[pa.Table], per_file: int
+) -> tuple[list[str], list[int], list[int]]:
     """Plan files of `per_file` units; memory holds one of them."""
-    nonce, buffer = uuid.uuid4().hex[:12], io.BytesIO()
+    folder, buffer = f"plan/{number:06d}-{uuid.uuid4().hex[:12]}", io.BytesIO()
     files: list[str] = []
     rows: list[int] = []
     ends: list[int] = []
 
     def close_file() -> None:
-        files.append(f"plan/{nonce}/{len(files):06d}.arrows")
+        files.append(f"{folder}/{len(files):06d}.arrows")
         storage.write_atomic(storage.join(uri, files[-1]), buffer.getvalue())
         buffer.seek(0)
         buffer.truncate()
@@ -378,6 +382,10 @@ def _write_plan(uri: str, units: Iterable[pa.Table], per_file: int) -> tuple[lis
     if len(rows) % per_file:
         close_file()
     return files, rows, ends
+
+
+def changed_meanwhile(uri: str) -> Fault:
+    return Fault(f"{uri}: another job changed this table meanwhile; run the same command again")
 
 
 def parquet(table: pa.Table) -> bytes:

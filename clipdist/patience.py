@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from clipdist.config import UserError
+from clipdist.config import Fault
 
 SECONDS = 90.0
 """How long an operation is tried again: longer than the restart of a store, shorter than a person's patience."""
@@ -37,7 +37,7 @@ PASSING_TYPES = {
 Result = TypeVar("Result")
 
 
-class StoreDown(UserError):
+class StoreDown(Fault):
     """A store that did not answer, or asked to come back later, for as long as one may wait."""
 
 

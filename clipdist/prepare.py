@@ -88,7 +88,15 @@ def run(config: PrepareConfig) -> Manifest:
         units.Work("prepare", pipeline),
         max_rejected_fraction=config.max_rejected_fraction,
         retry_rejected=config.retry_rejected,
-        config=dump(config.model_copy(update={"output": output, "source": source.absolute_config()})),
+        config=dump(
+            config.model_copy(
+                update={
+                    "output": output,
+                    "source": source.absolute_config(),
+                    "retry_rejected": False,
+                }  # it was for once
+            )
+        ),
     )
 
 

@@ -109,6 +109,12 @@ def cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def node_cpus() -> int:
+    """Of the smallest node that has any: what a process can count on."""
+    there = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return min((cores for cores in there if cores), default=1)
+
+
 def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 

@@ -14,14 +14,24 @@ HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
 class Tally:
     """Rows planned and rejected so far, per table and reason: of this plan, and of the state that it adds to."""
 
-    def __init__(self, ledger: Ledger, max_rejected_fraction: float) -> None:
-        self.ledger, self.limit = ledger, max_rejected_fraction
+    def __init__(self, ledger: Ledger, max_rejected_fraction: float, *, retry_follows: bool = False) -> None:
+        """`retry_follows`: what was rejected is tried again at once, so the limit does not count yet."""
+        self.ledger, self.limit, self.retry_follows = ledger, max_rejected_fraction, retry_follows
         self.planned: Counter[str] = Counter()
         self.reasons: dict[str, Counter[str]] = {}
+        self.here: Counter[tuple[str, str]] = Counter()
+        """(table, "planned" or "lost") of this run alone: what an earlier one met may be mended."""
         for record in ledger.records():
-            self.add(record["planned"], record["rejected"])
+            self._add(record["planned"], record["rejected"])
 
     def add(self, planned: dict[str, int], rejected: dict[str, dict[str, int]]) -> None:
+        """What a unit of this run gave."""
+        self._add(planned, rejected)
+        for table, rows in planned.items():
+            self.here[table, "planned"] += rows
+            self.here[table, "lost"] += sum(rejected.get(table, {}).values())
+
+    def _add(self, planned: dict[str, int], rejected: dict[str, dict[str, int]]) -> None:
         self.planned.update(planned)
         for table, reasons in rejected.items():
             self.reasons.setdefault(table, Counter()).update(reasons)
@@ -32,12 +42,13 @@ class Tally:
     def stop_if_hopeless(self) -> None:
         """UserError when the limit is certain to be passed, or nearly everything fails."""
         for table, rows in self.planned.items():
-            lost = sum(self.reasons.get(table, Counter()).values())
             # A later plan may hold little else than rows that were bad before.
             certain = self.ledger.purpose == "make" and self.limit < HOPELESS_FRACTION
-            hopeless = certain and rows >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * rows
-            if hopeless or self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
-                raise UserError(self._failure(table, rows, lost))
+            seen, lost = self.here[table, "planned"], self.here[table, "lost"]
+            if certain and seen >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * seen:
+                raise UserError(self._failure(table, seen, lost))
+            if not self.retry_follows and self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
+                raise UserError(self._failure(table, rows, sum(self.reasons[table].values())))
 
     def judge(self) -> None:
         """UserError when more than the limit was rejected in the end."""

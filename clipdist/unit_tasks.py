@@ -27,8 +27,13 @@ def load_unit(
     if not may_begin(watch, unit, "load"):
         return {"unit": unit, **empty}
     plan = ledger.rows(unit)
+    if len(plan) != ledger.rows_of(unit):
+        raise RuntimeError(f"{ledger.uri}: unit {unit}: {ledger.rows_of(unit)} rows planned, {len(plan)} there")
     rows, times = plan.to_pylist(), Times()
-    loaded = load_rows(rows, reading, times)
+    try:
+        loaded = load_rows(rows, reading, times)
+    except MemoryError:  # of one row, most likely: they are tried apart
+        return {"unit": unit, **empty}
     return {
         "unit": unit,
         "pixels": stack(loaded, reading.preprocess.size),

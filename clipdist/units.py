@@ -23,7 +23,7 @@ import ray.data
 
 from clipdist import lease, runtime, storage
 from clipdist.compare import Mode
-from clipdist.config import UserError
+from clipdist.config import Fault, UserError
 from clipdist.ledger import Join, Ledger, open_ledger
 from clipdist.manifest import Manifest
 from clipdist.progress import Progress
@@ -83,14 +83,15 @@ def make_table(
     with lease.held(uri) as held:
         ledger = begin_or_update(uri, stamp, plan, update, shard_units=shard_units)
         runtime.save_config(uri, config)
-        manifest = ledger.finished()
+        manifest, retrying = ledger.finished(), ledger.purpose == "retry" and bool(ledger.missing())
         if manifest is None:
-            run_units(ledger, work, max_rejected_fraction if not retry_rejected else 1.0)
-        if retry_rejected and (manifest is not None or ledger.purpose != "retry"):
+            follows = retry_rejected and not retrying
+            run_units(ledger, work, max_rejected_fraction, held, retry_follows=follows)
+        if retry_rejected and not retrying:
             again = retry_plan(ledger)
             if again is not None:
                 ledger, manifest = again, None
-                run_units(ledger, work, max_rejected_fraction)
+                run_units(ledger, work, max_rejected_fraction, held)
         if manifest is not None:
             ledger.sweep(manifest)
             return manifest
@@ -108,10 +109,12 @@ def _clean_up(uri: str) -> None:
                 ledger.sweep(manifest)
 
 
-def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
+def run_units(
+    ledger: Ledger, work: Work, max_rejected_fraction: float, held: lease.Lease, *, retry_follows: bool = False
+) -> None:
     """Commits the missing units of the ledger, and joins its full shards. UserError as soon as it is hopeless."""
     todo = ledger.missing()
-    tally = Tally(ledger, max_rejected_fraction)
+    tally = Tally(ledger, max_rejected_fraction, retry_follows=retry_follows)
     joiner = Joiner(ledger, work.join, set(todo))
     total, left = int(ledger.unit_rows.sum()), sum(ledger.rows_of(unit) for unit in todo)
     with Progress(work.name, total, "rows", done=total - left) as progress, Stall(progress) as stall:
@@ -123,6 +126,8 @@ def run_units(ledger: Ledger, work: Work, max_rejected_fraction: float) -> None:
         suspects: list[int] = []
 
         def take(report: dict[str, Any]) -> None:
+            if held.lost:
+                held.check()
             unit, facts = int(report["unit"]), json.loads(report["facts"])
             speed.add(facts)
             tally.add(json.loads(report["planned"]), json.loads(report["rejected"]))
@@ -346,16 +351,16 @@ def _stop_if_nothing_lives(ledger: Ledger, suspects: Sequence[int], speed: Throu
         )
 
 
-def model_dies() -> UserError:
-    return UserError(
+def model_dies() -> Fault:
+    return Fault(
         "the processes that load the model die before it is loaded: most likely there is too little memory. Try fewer "
         "encoders or larger machines"
     )
 
 
-def all_died(ledger: Ledger, which: str) -> UserError:
+def all_died(ledger: Ledger, which: str) -> Fault:
     """What a person is told when it is not single rows that kill."""
-    return UserError(
+    return Fault(
         f"{ledger.uri}: the processes {which}: most likely there is too little memory. "
-        "Try a smaller batch_rows or unit_rows, fewer encoders, or larger machines"
+        "Try a smaller batch_rows, fewer encoders, or larger machines"
     )
