@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from clipdist.cli import main
+from clipdist.manifest import read_manifest
 from tests.conftest import draw_shape, write_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +145,10 @@ def test_too_many_rejects_fail_publish_nothing_and_can_be_mended(
     assert "no such file" in shown
     assert not (tmp_path / "pairs" / "manifests").exists()
     hidden.rename(shapes.parent / "images")
-    assert main(["prepare", *settings(tmp_path, shapes)]) == 0
+    shown = messages(capsys, "prepare", *settings(tmp_path, shapes))
+    assert "32 of 32 pairs were rejected" in shown, "no picture is read again unless that is asked for"
+    assert main(["prepare", *settings(tmp_path, shapes), "retry_rejected=true"]) == 0
+    assert read_manifest(str(tmp_path / "pairs"), "pairs").written("pairs") == 32
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -168,8 +172,6 @@ def test_interrupted_and_killed_jobs_go_on(tmp_path: Path) -> None:
     done = len(list(commits.iterdir()))
     assert main(command[3:]) == 0
     assert done >= 10
-    from clipdist.ledger import read_manifest
-
     manifest = read_manifest(str(tmp_path / "pairs"), "pairs")
     assert manifest.written("pairs") == manifest.planned["pairs"] == 1280
 
