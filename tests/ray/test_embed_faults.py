@@ -110,7 +110,7 @@ def test_an_encoder_and_a_worker_are_killed(cluster: Jobs, catalog: Path, refere
 
 def test_a_node_is_killed(cluster: Jobs, catalog: Path, reference: Outcome) -> None:
     output = cluster.home / "killed-node"
-    cluster.faults(slow=0.3)
+    cluster.faults(slow=1.5)  # so that the second node's processes are there before the first one's are done
     with cluster.second_node() as (raylet, replace):
 
         def begun() -> bool:
