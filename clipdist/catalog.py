@@ -40,9 +40,7 @@ class CatalogConfig(Section):
     @field_validator("captions")
     @classmethod
     def _templates(cls, captions: tuple[str, ...]) -> tuple[str, ...]:
-        for template in captions:
-            planning.template_columns(template)
-        return captions
+        return planning.checked_templates(captions)
 
 
 class EmbedConfig(Section):

@@ -20,7 +20,7 @@ import ray
 import ray.data
 import torch
 
-from clipdist import catalog, models, planning, runtime, storage, units
+from clipdist import attempts, catalog, models, planning, runtime, storage, units
 from clipdist.catalog import EmbedConfig as EmbedConfig
 from clipdist.config import UserError, dump
 from clipdist.encoding import Encoder
@@ -150,10 +150,10 @@ class EncodeUnit:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.encoder is None:
-            raise units.model_dies()
+            raise attempts.model_dies()
         carried = {name: row[name] for name in ("unit", "plan", "rejects", "facts")}
         none = self.encoder.images(np.zeros((0, 1, 1, 3), np.uint8))
-        if not row["plan"] or not units.may_begin(self.watch, int(row["unit"]), "encode"):
+        if not row["plan"] or not attempts.may_begin(self.watch, int(row["unit"]), "encode"):
             return {**carried, "plan": b"", "images": none, "texts": none}
         started, busy = time.monotonic(), _clock(self.encoder)
         try:
@@ -252,10 +252,12 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
             ray.kill(actors.pop())
             dead[0] += 1
             if dead[0] >= HOPELESS_DEATHS and not pictures and not ledger.records():
-                raise units.all_died(ledger, f"that tried rows of unit {unit} all died, {dead[0]} in a row") from None
+                raise attempts.all_died(
+                    ledger, f"that tried rows of unit {unit} all died, {dead[0]} in a row"
+                ) from None
             return None
 
-    for part, found in units.halved(range(len(plan)), attempt):
+    for part, found in attempts.halved(range(len(plan)), attempt):
         if found is None:
             rejects[str(part[0])] = KILLS
             continue

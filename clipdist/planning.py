@@ -103,6 +103,13 @@ def default_captions(source: Source) -> tuple[str, ...]:
     return (defaults[source.kind],)
 
 
+def checked_templates(captions: tuple[str, ...]) -> tuple[str, ...]:
+    """The same caption templates. ValueError when one is not a plain template."""
+    for template in captions:
+        template_columns(template)
+    return captions
+
+
 def template_columns(template: str) -> list[str]:
     """The columns that a caption template names. ValueError when it is not a plain template."""
     try:

@@ -64,9 +64,7 @@ class PrepareConfig(Section):
     @field_validator("captions")
     @classmethod
     def _templates(cls, captions: tuple[str, ...]) -> tuple[str, ...]:
-        for template in captions:
-            planning.template_columns(template)
-        return captions
+        return planning.checked_templates(captions)
 
 
 def run(config: PrepareConfig) -> Manifest:

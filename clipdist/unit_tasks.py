@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from clipdist.attempts import may_begin, suspect
 from clipdist.ledger import Ledger
 from clipdist.loading import Reading, Times, load_rows, rejects_of, stack, texts_of
 from clipdist.manifest import File
 from clipdist.schema import Dtype
 from clipdist.shards import encode_shard
 from clipdist.unit_tables import from_bytes, to_bytes, unit_tables
-from clipdist.units import may_begin, report, suspect
+from clipdist.units import report
 
 
 def load_unit(

@@ -2,8 +2,8 @@
 
     missing units -> pipeline (read, work, commit: Ray tasks and actors) -> join full shards -> judge rejects -> publish
 
-Ray runs a task again for ever when its process dies. So processes say what they begin (`Watch`); a unit that was begun
-too often passes through the pipeline untouched, and is rescued alone at the end.
+Ray runs a task again for ever when its process dies. So processes say what they begin (`attempts`); a unit that was
+begun too often passes through the pipeline untouched, and is rescued alone at the end.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 
 from clipdist import lease, runtime, storage
+from clipdist.attempts import ATTEMPTS, Watch, all_died, model_dies
 from clipdist.compare import Mode
-from clipdist.config import Fault, UserError
+from clipdist.config import UserError
 from clipdist.ledger import Join, Ledger, open_ledger
 from clipdist.manifest import Manifest
 from clipdist.progress import Progress
@@ -33,8 +34,6 @@ from clipdist.tally import Tally
 from clipdist.throughput import Throughput
 from clipdist.update import begin_or_update, is_outdated
 
-ATTEMPTS = 2
-"""How often a process may die over a unit before it is taken out of the pipeline."""
 HOPELESS_SUSPECTS = 3
 """When this many units have killed their processes and none was finished, it is not the rows."""
 WAVE_UNITS = 16_384
@@ -44,7 +43,6 @@ STALL_SECONDS = 300.0
 
 Pipeline = Callable[[ray.data.Dataset, Ledger, Any], ray.data.Dataset]
 Rescue = Callable[[Ledger, int], dict[str, Any]]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -209,36 +207,6 @@ class Stall:
                 self.progress.note(what, note=what)
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # its node may go
-class Watch:
-    """Hears from every process which unit it begins, before it does."""
-
-    def __init__(self) -> None:
-        self.begun: Counter[tuple[int, str]] = Counter()
-        self.loads = 0
-
-    def begin(self, unit: int, stage: str) -> bool:
-        """Whether to do it: False when as many processes died over it as may."""
-        self.begun[unit, stage] += 1
-        return self.begun[unit, stage] <= ATTEMPTS
-
-    def may_load(self, most: int) -> bool:
-        """Whether to load a model: False when so many processes in a row began to, and none came to the end."""
-        self.loads += 1
-        return self.loads <= most
-
-    def loaded(self) -> None:
-        self.loads = 0
-
-    def forget(self, unit: int) -> None:
-        for key in [key for key in self.begun if key[0] == unit]:
-            del self.begun[key]
-
-
-def may_begin(watch: Any, unit: int, stage: str) -> bool:
-    return bool(ray.get(watch.begin.remote(unit, stage)))
-
-
 def report(unit: int, planned: dict[str, int], rejects: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any:
     """What a pipeline's last step tells the driver of one unit."""
     reasons: dict[str, Counter[str]] = {table: Counter() for table in planned}
@@ -246,28 +214,6 @@ def report(unit: int, planned: dict[str, int], rejects: Sequence[dict[str, Any]]
         reasons[reject["table"]][reject["reason"]] += 1
     texts = {"planned": planned, "rejected": reasons, "facts": facts}
     return {"unit": unit} | {name: json.dumps(value) for name, value in texts.items()}
-
-
-def suspect(unit: int) -> dict[str, Any]:
-    """The report of a unit that was not done, because it killed its process too often."""
-    return {"unit": unit, "planned": "", "rejected": "", "facts": ""}
-
-
-def halved(
-    rows: Sequence[int], attempt: Callable[[Sequence[int]], T | None]
-) -> Iterator[tuple[Sequence[int], T | None]]:
-    """(rows, result) of parts of `rows`, in order; the result is None for a single row that does not survive.
-
-    `attempt` gives None when its process died. A part that dies is halved; a single row gets a second attempt."""
-    found = attempt(rows)
-    if found is None and len(rows) == 1:
-        found = attempt(rows)
-    if found is not None or len(rows) == 1:
-        yield rows, found
-        return
-    middle = len(rows) // 2
-    yield from halved(rows[:middle], attempt)
-    yield from halved(rows[middle:], attempt)
 
 
 class Joiner:
@@ -349,18 +295,3 @@ def _stop_if_nothing_lives(ledger: Ledger, suspects: Sequence[int], speed: Throu
             ledger,
             f"that worked on the first {len(suspects)} units all died, {ATTEMPTS} times each, and none was finished",
         )
-
-
-def model_dies() -> Fault:
-    return Fault(
-        "the processes that load the model die before it is loaded: most likely there is too little memory. Try fewer "
-        "encoders or larger machines"
-    )
-
-
-def all_died(ledger: Ledger, which: str) -> Fault:
-    """What a person is told when it is not single rows that kill."""
-    return Fault(
-        f"{ledger.uri}: the processes {which}: most likely there is too little memory. "
-        "Try a smaller batch_rows, fewer encoders, or larger machines"
-    )

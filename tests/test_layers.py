@@ -84,7 +84,7 @@ LEARN = [
     "starter",
     "searcher",
 ]
-RAY = ["runtime", "units", "unit_tasks", "prepare", "embed", "workers", "train", "evaluate", "find"]
+RAY = ["runtime", "attempts", "units", "unit_tasks", "prepare", "embed", "workers", "train", "evaluate", "find"]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from clipdist.attempts import halved
 from clipdist.catalog import EmbedConfig
 from clipdist.config import UserError, load
 from clipdist.estimate import requests
@@ -16,12 +17,11 @@ from clipdist.retry import planned_row
 from clipdist.schema import Stamp
 from clipdist.tally import Tally
 from clipdist.throughput import Throughput
-from clipdist.units import halved
 
 STAMP = Stamp("embeddings", {"dim": 4})
 
 
-def attempts(killers: set[int], most: int = 10**6) -> tuple[Any, list[Sequence[int]]]:
+def process(killers: set[int], most: int = 10**6) -> tuple[Any, list[Sequence[int]]]:
     """A process that dies over some rows, or over more than `most` of them at once; and what it was asked."""
     asked: list[Sequence[int]] = []
 
@@ -34,7 +34,7 @@ def attempts(killers: set[int], most: int = 10**6) -> tuple[Any, list[Sequence[i
 
 @pytest.mark.parametrize("killers", [set(), {0}, {511}, {17, 18}, {0, 100, 511}, set(range(8))])
 def test_only_the_rows_that_kill_are_lost(killers: set[int]) -> None:
-    attempt, asked = attempts(killers)
+    attempt, asked = process(killers)
     parts = list(halved(range(512), attempt))
     assert [row for rows, _ in parts for row in rows] == list(range(512)), "each row once, in order"
     assert {rows[0] for rows, found in parts if found is None} == killers
@@ -43,7 +43,7 @@ def test_only_the_rows_that_kill_are_lost(killers: set[int]) -> None:
 
 
 def test_too_many_rows_at_once_are_no_fault_of_any() -> None:
-    attempt, _ = attempts(set(), most=100)
+    attempt, _ = process(set(), most=100)
     parts = list(halved(range(512), attempt))
     assert all(found is not None for _, found in parts)
     assert [row for _, found in parts if found for row in found] == list(range(512))
