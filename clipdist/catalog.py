@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -17,10 +18,11 @@ from clipdist.manifest import Manifest, read_manifest
 from clipdist.models import ModelConfig
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.schema import Stamp, recorded
-from clipdist.sources import SourceConfig, open_source
+from clipdist.sources import Source, SourceConfig, estimate_rows, open_source
 from clipdist.towers import Towers
 
 Tower = Literal["images", "texts"]
+Precision = Literal["bf16", "fp32"]
 
 
 class CatalogConfig(Section):
@@ -35,7 +37,7 @@ class CatalogConfig(Section):
 
     def absolute(self) -> CatalogConfig:
         """The same catalog, named so that the config can be run from anywhere."""
-        return self.model_copy(update={"source": open_source(self.source).absolute_config()})
+        return self.model_copy(update={"source": self.source.absolute()})
 
     @field_validator("captions")
     @classmethod
@@ -69,8 +71,8 @@ class EmbedConfig(Section):
     """Rows per file; units are joined into such shards as soon as these are full."""
     dtype: Literal["float16", "float32"] = "float16"
     """How vectors are stored."""
-    precision: Literal["bf16", "fp32"] | None = None
-    """What the towers compute in; null: bf16 on GPUs, fp32 on CPUs."""
+    precision: Precision | None = None
+    """What the towers compute in; null: as the output was begun, and for a new one bf16 on GPUs, fp32 on CPUs."""
     batch_rows: int | None = Field(None, ge=1)
     """Rows per forward pass; null: 256 on GPUs, 32 on CPUs."""
     max_rejected_fraction: float = Field(0.05, ge=0, le=1)
@@ -108,21 +110,52 @@ class EmbedConfig(Section):
         return -(-self.shard_rows // self.unit_rows)
 
 
-def plan(config: EmbedConfig, rows: int | None = None) -> Iterable[pa.Table]:
-    """The planned rows, one table per unit; with `rows`, just the first so many."""
-    size = rows or config.unit_rows
+@dataclass(frozen=True)
+class Input:
+    """What is to be embedded, found once: the files of a catalog, or pairs."""
+
+    config: EmbedConfig
+    source: Source | None
+    pairs: Manifest | None
+
+    def plan(self, first_rows: int | None = None) -> Iterable[pa.Table]:
+        """The planned rows, one table per unit; with `first_rows`, just so many."""
+        size = first_rows or self.config.unit_rows
+        if self.pairs is not None:
+            return _plan_pairs(self.pairs, self.config.splits, size)
+        assert self.source is not None
+        assert self.config.catalog is not None
+        columns, captions = self.config.catalog.columns, self.config.catalog.captions
+        how = {"need_caption": False, "first_only": first_rows is not None}
+        nothing_held_out = SplitConfig(validation=0.0)
+        return planning.plan_units(self.source, columns, captions, nothing_held_out, size, **how)
+
+    def rows(self) -> tuple[int, bool]:
+        """How many rows there are, and whether that is exact."""
+        if self.source is not None:
+            return estimate_rows(self.source)
+        assert self.pairs is not None
+        splits = self.config.splits
+        return sum(file.rows for file in self.pairs.select("pairs") if not splits or file.split in splits), True
+
+    def identity(self) -> dict[str, Any]:
+        """What changes when the input does."""
+        if self.pairs is not None:
+            later = {"manifest": self.pairs.number} if self.pairs.number > 1 else {}
+            return {"pairs": self.pairs.stamp.identity, "splits": list(self.config.splits), **later}
+        assert self.source is not None
+        assert self.config.catalog is not None
+        read = planning.columns_read(self.config.catalog.columns, self.config.catalog.captions)
+        how = self.config.catalog.model_dump(mode="json", exclude={"source"})
+        return {"source": self.source.fingerprint(read), **how}
+
+
+def open_input(config: EmbedConfig) -> Input:
+    """Finds the input. UserError when it, a column or a split is not there."""
     if config.catalog is not None:
         source = open_source(config.catalog.source)
         planning.check_columns(source, config.catalog.columns, config.catalog.captions)
-        nothing_held_out = SplitConfig(validation=0.0)
-        captions = config.catalog.captions
-        how = {"need_caption": False, "first_only": rows is not None}
-        return planning.plan_units(source, config.catalog.columns, captions, nothing_held_out, size, **how)
-    return _plan_pairs(pairs_of(config), config.splits, size)
-
-
-def pairs_of(config: EmbedConfig) -> Manifest:
-    """The pairs that are to be embedded. UserError when a split is not there."""
+        return Input(config, source, None)
     assert config.pairs is not None
     manifest = read_manifest(storage.absolute(config.pairs), "pairs")
     there = {file.split or "" for file in manifest.select("pairs")}
@@ -130,7 +163,7 @@ def pairs_of(config: EmbedConfig) -> Manifest:
         raise UserError(
             f"splits: {config.pairs} has no {' and no '.join(missing)} (splits: {', '.join(sorted(there))})"
         )
-    return manifest
+    return Input(config, None, manifest)
 
 
 def _plan_pairs(manifest: Manifest, splits: tuple[str, ...], size: int) -> Iterator[pa.Table]:
@@ -154,16 +187,8 @@ def _plan_pairs(manifest: Manifest, splits: tuple[str, ...], size: int) -> Itera
         yield from (table.slice(start, size).combine_chunks() for start in range(0, len(table), size))
 
 
-def stamp(config: EmbedConfig, model: Towers, resolved: ModelConfig) -> Stamp:
-    """What makes these embeddings: `input` is what they are made of, all else how."""
-    if config.catalog is not None:
-        read = planning.columns_read(config.catalog.columns, config.catalog.captions)
-        made_from: dict[str, Any] = {"source": open_source(config.catalog.source).fingerprint(read)}
-        made_from |= config.catalog.model_dump(mode="json", exclude={"source"})
-    else:
-        manifest = pairs_of(config)
-        made_from = {"pairs": manifest.stamp.identity, "splits": list(config.splits)}
-        made_from |= {"manifest": manifest.number} if manifest.number > 1 else {}
+def stamp(config: EmbedConfig, model: Towers, made_from: dict[str, Any]) -> Stamp:
+    """What makes these embeddings: `input` is what they are made of, all else how. `config`: resolved."""
     identity = {
         "weights_sha256": models.weights_sha256(config.model, model),
         "dim": model.dim,
@@ -173,13 +198,14 @@ def stamp(config: EmbedConfig, model: Towers, resolved: ModelConfig) -> Stamp:
         "towers": list(config.towers),
         "decode": images.DECODE_ID,
         **model.identity(),
-        "limits": {name: getattr(config, name) for name in ("max_image_bytes", "max_pixels", "allow_private_hosts")},
         "unit_rows": config.unit_rows,
         "shard_rows": config.shard_rows,
         "input": made_from,
     }
+    limits = {name: getattr(config, name) for name in ("max_image_bytes", "max_pixels", "allow_private_hosts")}
+    resolved = config.model
     return Stamp(
         "embeddings",
         identity,
-        recorded(model=resolved.name, pretrained=resolved.pretrained, image_size=resolved.image_size),
+        recorded(model=resolved.name, pretrained=resolved.pretrained, image_size=resolved.image_size, limits=limits),
     )

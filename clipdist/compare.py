@@ -20,13 +20,15 @@ from clipdist.progress import Progress
 from clipdist.retry import without_rejects
 from clipdist.schema import RESERVED
 from clipdist.shards import Shards
-from clipdist.spill import Difference, Places, Spill, content_hashes, differences
+from clipdist.spill import CONTENTS, Difference, Places, Spill, content_hashes, differences
 from clipdist.upkeep import without_rows
 
 Mode = Literal["add", "mirror"]
 
 DELETES_AT_ONCE = 16_000_000
 """Rows per file of deletes, all of which are held in memory while it is made."""
+NOTHING = np.uint64(0)
+"""The content of a row of which none is stored."""
 _FILE_BITS = 32  # a place is the number of a file and, in the lower bits, a row of it
 
 
@@ -36,7 +38,7 @@ class Comparison:
     def __init__(self, ledger: Ledger, state: Manifest, folder: Path) -> None:
         self.ledger, self.state = ledger, state
         names = ("stored", "planned", "bad", "rejects")
-        self.stored, self.planned, self.bad, self.rejects = (Spill(folder / name) for name in names)
+        self.stored, self.planned, self.bad, self.rejects = (Spill(folder / name, CONTENTS) for name in names)
         self.tables = list(state.stamp.identity["towers"])
         schemas = [Shards(state, table).schema() for table in self.tables]
         self.kept = {field.name: field.type for schema in schemas for field in schema if field.name not in RESERVED}
@@ -53,11 +55,11 @@ class Comparison:
             for file, rows, found in Shards(self.state, table).by_file([*columns, *pair]):
                 contents = content_hashes([found.column(name) for name in columns])
                 keys = found.column("pair_id" if pair else "id").combine_chunks()
-                self.stored.add(keys, contents, (numbers[file.path] << _FILE_BITS) + rows)
+                self.stored.add(keys, content=contents, place=(numbers[file.path] << _FILE_BITS) + rows)
                 progress.advance(len(rows))
         for number, name in enumerate(self.state.reject_files):
             keys = _reject_keys(self.ledger.read_rejects([name]))
-            self.rejects.add(keys, np.zeros(len(keys), np.uint64), (number << _FILE_BITS) + np.arange(len(keys)))
+            self.rejects.add(keys, content=NOTHING, place=(number << _FILE_BITS) + np.arange(len(keys)))
 
     def add_plan(self, plan: Iterable[pa.Table], progress: Progress) -> None:
         for unit in plan:
@@ -68,9 +70,10 @@ class Comparison:
             # Of several rows with one id the first is the row of that id.
             bad = pc.and_(pc.invert(good), pc.not_equal(pc.fill_null(unit.column("reason"), ""), "duplicate_id"))
             numbers, planned = rows[good.to_numpy()], unit.filter(good)
-            self.planned.add(planned.column("id").combine_chunks(), self._contents(planned), numbers)
+            ids = planned.column("id").combine_chunks()
+            self.planned.add(ids, content=self._contents(planned), place=numbers)
             keys = _reject_keys(unit.filter(bad).rename_columns({"image_uri": "uri"}))
-            self.bad.add(keys, np.zeros(len(keys), np.uint64), rows[bad.to_numpy()])
+            self.bad.add(keys, content=NOTHING, place=rows[bad.to_numpy()])
             self.checksum = checksum_of(unit, self.checksum)
             self.plan_rows += len(unit)
             progress.advance(0, planned=self.plan_rows)

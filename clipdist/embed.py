@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,13 @@ import torch
 
 from clipdist import attempts, catalog, models, planning, runtime, storage, units
 from clipdist.catalog import EmbedConfig as EmbedConfig
+from clipdist.catalog import Precision, open_input
 from clipdist.config import UserError, dump
 from clipdist.encoding import Encoder
 from clipdist.estimate import Sample, estimate
 from clipdist.images import Preprocess
 from clipdist.joining import join_shards
-from clipdist.ledger import Ledger
+from clipdist.ledger import Ledger, open_ledger
 from clipdist.loading import READERS, Times, load_rows, rejects_of, stack, texts_of
 from clipdist.manifest import Manifest
 from clipdist.schema import stored_dtype
@@ -57,23 +58,26 @@ def run(config: EmbedConfig) -> Manifest:
     output = storage.absolute(config.output)
     model = models.load(config.model)
     place = models.locate(config.model.name)
+    there, made_from = open_ledger(output), open_input(config)
+    if there is None:
+        _refuse_random_weights(config, place)
     resolved = config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": place.folder or place.name}),
             "output": output,
             "pairs": config.pairs and storage.absolute(config.pairs),
             "catalog": config.catalog and config.catalog.absolute(),
+            "precision": config.precision or _precision(config, there),
         }
     )
-    stamp = catalog.stamp(config, model, resolved.model)
     return units.make_table(
         output,
-        stamp,
-        lambda: planning.not_empty(_plan(config, place), config.pairs or "catalog"),
+        catalog.stamp(resolved, model, made_from.identity()),
+        lambda: planning.not_empty(made_from.plan(), config.pairs or "catalog"),
         units.Work(
             "embed",
             partial(_pipeline, config=resolved, preprocess=model.preprocess),
-            partial(join_shards, stamp=stamp),
+            join_shards,
             partial(_rescue, config=resolved, preprocess=model.preprocess),
         ),
         max_rejected_fraction=config.max_rejected_fraction,
@@ -84,19 +88,27 @@ def run(config: EmbedConfig) -> Manifest:
     )
 
 
-def _plan(config: EmbedConfig, place: models.ModelPlace) -> Iterable[pa.Table]:
-    """UserError for random weights: each encoder would draw its own."""
+def _refuse_random_weights(config: EmbedConfig, place: models.ModelPlace) -> None:
+    """UserError: each encoder would draw its own."""
     if place.folder is None and config.model.pretrained is None and not place.name.startswith("hf-hub:"):
         raise UserError(
             f"model: {config.model.name} has random weights; give model.pretrained, a training run or a checkpoint"
         )
-    return catalog.plan(config)
+
+
+def _precision(config: EmbedConfig, there: Ledger | None) -> Precision:
+    """As the output was begun, so that no table mixes two; of a new one bf16 on GPUs, fp32 on CPUs."""
+    if there is not None and "precision" in there.stamp.identity:
+        return there.stamp.identity["precision"]  # type: ignore[no-any-return]
+    runtime.connect()
+    return "bf16" if _gpus(config) else "fp32"
 
 
 def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
     """Opens the input, builds the model, embeds a few rows, and says what all of them will take; writes nothing."""
     model = models.load(config.model)
-    unit = next(iter(catalog.plan(config, rows=SAMPLE_ROWS)), None)
+    made_from = open_input(config)
+    unit = next(iter(made_from.plan(first_rows=SAMPLE_ROWS)), None)
     plan = unit if unit is not None else pa.table({})
     rows, times, encoder = plan.to_pylist(), Times(), Encoder(config, model)
     reading = config.reading(model.preprocess)
@@ -114,7 +126,7 @@ def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
         ("model", f"{model.dim} dimensions, {model.preprocess.size} px, {len(model.terms)} domain terms"),
         ("first rows", f"{len(rows)} read, {len(rejects)} rejected"),
         ("vector length", f"{lengths.mean():.4f}" if len(lengths) else "none"),
-        *estimate(config, model.dim, sample),
+        *estimate(made_from, model.dim, sample),
         *(("reject", f"{rows[int(index)]['id']}: {message}") for index, (_, message) in list(rejects.items())[:5]),
     ]
 
@@ -140,10 +152,10 @@ def summary(manifest: Manifest) -> list[tuple[str, str]]:
 class EncodeUnit:
     """A Ray Data actor: the model is loaded once, then units of pixels and texts become vectors."""
 
-    def __init__(self, config: EmbedConfig, threads: int, slots: float, watch: Any, deaths: int) -> None:
+    def __init__(self, config: EmbedConfig, device: str, threads: int, slots: float, watch: Any, deaths: int) -> None:
         self.encoder: Encoder | None = None  # an error here would be shown with all of Ray's stack
         if ray.get(watch.may_load.remote(deaths)):
-            self.encoder = Encoder(config, threads=threads)
+            self.encoder = Encoder(config, device=device, threads=threads)
             watch.loaded.remote()
         self.slots, self.watch = slots, watch
         self.idle_since: float | None = None
@@ -195,6 +207,7 @@ def _pipeline(
         EncodeUnit,  # type: ignore[arg-type]
         fn_constructor_kwargs={
             "config": config,
+            "device": "cuda" if gpus else "cpu",
             "threads": threads,
             "slots": encoders if gpus else cpus,
             "watch": watch,
@@ -222,9 +235,9 @@ def _gpus(config: EmbedConfig) -> int:
 class _Rescuer:
     """A process that may die: it loads and encodes some rows of a unit."""
 
-    def __init__(self, config: EmbedConfig, preprocess: Preprocess, threads: int) -> None:
+    def __init__(self, config: EmbedConfig, preprocess: Preprocess, device: str, threads: int) -> None:
         self.reading = config.reading(preprocess)
-        self.encoder = Encoder(config, threads=threads)
+        self.encoder = Encoder(config, device=device, threads=threads)
 
     def attempt(self, plan: bytes) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
         rows = from_bytes(plan).to_pylist()
@@ -245,7 +258,8 @@ def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preproce
 
     def attempt(part: Sequence[int]) -> Any:
         if not actors:
-            actors.append(ray.remote(_Rescuer).options(**options).remote(config, preprocess, runtime.node_cpus()))
+            how = (config, preprocess, "cuda" if gpus else "cpu", runtime.node_cpus())
+            actors.append(ray.remote(_Rescuer).options(**options).remote(*how))
         try:
             return ray.get(actors[0].attempt.remote(to_bytes(plan.slice(part[0], len(part)))))
         except DEATHS:

@@ -21,8 +21,16 @@ from clipdist.towers import Towers
 class Encoder:
     """A model on its device, loaded once: units of pixels and texts become unit vectors [rows, dim]."""
 
-    def __init__(self, config: EmbedConfig, model: Towers | None = None, threads: int | None = None) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() and config.use_gpu is not False else "cpu")
+    def __init__(
+        self,
+        config: EmbedConfig,
+        model: Towers | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """`device`: "cuda" or "cpu"; None: what this machine has."""
+        gpu = torch.cuda.is_available() and config.use_gpu is not False
+        self.device = torch.device(device or ("cuda" if gpu else "cpu"))
         if self.device.type == "cpu" and threads is not None:
             torch.set_num_threads(threads)
             keep_freed()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 
-from clipdist.catalog import EmbedConfig, pairs_of
+from clipdist.catalog import EmbedConfig, Input
+from clipdist.duplicates import ID_BYTES
 from clipdist.report import duration, file_size, number
-from clipdist.sources import estimate_rows, open_source
+from clipdist.spill import SPILL_BYTES
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,6 @@ class Sample:
     seconds: float
 
 
-def input_rows(config: EmbedConfig) -> tuple[int, bool]:
-    """How many rows the input has, and whether that is exact."""
-    if config.catalog is not None:
-        return estimate_rows(open_source(config.catalog.source))
-    files = pairs_of(config).select("pairs")
-    return sum(file.rows for file in files if not config.splits or file.split in config.splits), True
-
-
 def requests(config: EmbedConfig, rows: int) -> dict[str, int]:
     """Requests to the output's store, by what they cost: writes (PUT, and the listing of names) and reads; deletes are
     free. Per unit: its plan is read, a piece per table and a commit are written, all are read once more when its shard
@@ -41,9 +35,9 @@ def requests(config: EmbedConfig, rows: int) -> dict[str, int]:
     return {"writes": writes, "reads": reads, "deletes": units * (tables + 1)}
 
 
-def estimate(config: EmbedConfig, dim: int, sample: Sample) -> list[tuple[str, str]]:
+def estimate(given: Input, dim: int, sample: Sample) -> list[tuple[str, str]]:
     """Facts for a person."""
-    rows, exact = input_rows(config)
+    config, (rows, exact) = given.config, given.rows()
     vectors = {"images": rows, "texts": round(rows * sample.captions / max(sample.rows, 1))}
     stored = sum(vectors[tower] for tower in config.towers) * (dim * np.dtype(config.dtype).itemsize + sample.row_bytes)
     units = -(-rows // config.unit_rows)
@@ -53,6 +47,9 @@ def estimate(config: EmbedConfig, dim: int, sample: Sample) -> list[tuple[str, s
     facts += [("vectors", ", ".join(f"{vectors[tower]:,} {tower}" for tower in config.towers))]
     facts += [("output", f"about {file_size(stored)} in {files:,} files, {units:,} units of work")]
     facts += [("requests", f"about {asked['writes']:,} writes and {asked['reads']:,} reads of the output")]
+    if rows * ID_BYTES > SPILL_BYTES and config.catalog is not None:
+        place = f"in {tempfile.gettempdir()} while the input is planned (TMPDIR moves it)"
+        facts += [("disk here", f"about {file_size(rows * ID_BYTES)} {place}")]
     if "images" in config.towers:
         facts += [("pictures", f"{rows:,} to read, about {file_size(sample.picture_bytes * rows)}")]
     if sample.rows and sample.seconds > 0:

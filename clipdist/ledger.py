@@ -38,8 +38,8 @@ THREADS = 16
 
 Purpose = Literal["make", "retry", "update", "remove", "compact"]
 
-Join: TypeAlias = Callable[[Sequence[str], str], tuple[bytes, File]]
-"""Paths of the pieces of a table, in order -> the shard."""
+Join: TypeAlias = Callable[[Sequence[str], str, Stamp], tuple[bytes, File]]
+"""Paths of the pieces of a table, in order, its name, and the stamp of the shard -> the shard."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Ledger:
         for commit in commits:
             planned.update(commit["planned"])
         for table, paths in pieces.items():
-            data, file = join([self._path(path) for path in paths], table)
+            data, file = join([self._path(path) for path in paths], table, self.stamp)
             files.append(replace(file, path=f"{table}/{shard:06d}-{nonce}.parquet"))
             storage.write_atomic(self._path(files[-1].path), data)
         reject_files = [commit["reject_file"] for commit in commits if commit["reject_file"]]

@@ -90,7 +90,7 @@ def run(config: PrepareConfig) -> Manifest:
             config.model_copy(
                 update={
                     "output": output,
-                    "source": source.absolute_config(),
+                    "source": config.source.absolute(),
                     "retry_rejected": False,
                 }  # it was for once
             )
@@ -148,11 +148,11 @@ def _stamp(config: PrepareConfig, source: Source, templates: tuple[str, ...]) ->
         "captions": list(templates),
         "columns": config.columns.model_dump(mode="json"),
         "split": config.split.model_dump(mode="json"),
-        "decode": {"id": images.DECODE_ID, "max_side": config.max_side, "max_pixels": config.max_pixels},
-        "limits": {"max_image_bytes": config.max_image_bytes, "allow_private_hosts": config.allow_private_hosts},
+        "decode": {"id": images.DECODE_ID, "max_side": config.max_side},
         "unit_rows": config.unit_rows,
     }
-    return Stamp("pairs", identity, recorded())
+    limits = {name: getattr(config, name) for name in ("max_image_bytes", "max_pixels", "allow_private_hosts")}
+    return Stamp("pairs", identity, recorded(limits=limits))
 
 
 def _schema(config: PrepareConfig) -> pa.Schema:

@@ -35,6 +35,7 @@ OWN_COLUMNS = {
 COUNTED_BYTES = 1 << 20
 """A smaller input is read to be counted; of a larger one as much of a few files is a sample."""
 SAMPLED_FILES = 4
+MARKED_FILES = 1000
 FOOTERS = 2000
 
 
@@ -51,38 +52,40 @@ class SourceConfig(Section):
     image_root: str | None = None
     """Where relative picture paths start; by default the folder of the table."""
 
+    def absolute(self) -> SourceConfig:
+        """The same with local paths made absolute, so that it can be run from anywhere."""
+        root = self.image_root
+        return self.model_copy(
+            update={"path": storage.absolute(self.path), "image_root": root and storage.absolute(root)}
+        )
+
 
 @dataclass(frozen=True)
 class Source:
     """An opened input: its files, its columns, and a fingerprint that changes when the files do. `sizes`: bytes per
-    table or tar. `captioned`: 1 for each picture of a folder that has a .txt beside it, else 0."""
+    table or tar. `captioned`: 1 for each picture of a folder that has a .txt beside it, else 0. `listing`: a hash of
+    all names and sizes."""
 
     config: SourceConfig
     kind: SourceKind
     files: tuple[str, ...]
     columns: tuple[str, ...]
     sizes: tuple[int, ...]
+    listing: str
     captioned: bytes = b""
 
     def fingerprint(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
-        """The names of all files, the content of the first thousand and, where the column `text` is `wanted` (None: it
-        is), of the captions beside them."""
-        files = list(self.files[:1000])
+        """The content of the first thousand files and, where the column `text` is `wanted` (None: it is), of the
+        captions beside them; of more files the names and sizes of all."""
+        files = list(self.files[:MARKED_FILES])
         if _has(wanted, "text"):
             files += [sidecar(path) for path, there in zip(files, self.captioned, strict=False) if there]
         with ThreadPoolExecutor(16) as pool:
             found = pool.map(_mark, files)
             content = {path: mark for path, mark in zip(files, found, strict=True) if mark is not None}
-        names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        shape = {"kind": self.kind, "image_column": self.config.image_column}
-        shape |= {name: self.absolute_config().model_dump()[name] for name in ("path", "image_root")}
-        return {**shape, "files": len(self.files), "names": names, "content": content}
-
-    def absolute_config(self) -> SourceConfig:
-        """The config with its local paths made absolute, so that it can be run from anywhere."""
-        root = self.config.image_root
-        places = {"path": storage.absolute(self.config.path), "image_root": root and storage.absolute(root)}
-        return self.config.model_copy(update=places)
+        shape = self.config.absolute().model_dump(include={"path", "image_root", "image_column"})
+        rest = {"listing": self.listing} if len(self.files) > MARKED_FILES else {}
+        return {"kind": self.kind, **shape, "files": len(self.files), **rest, "content": content}
 
     def rows(self) -> Iterator[Row]:
         """All rows one by one, for a look at them."""
@@ -138,7 +141,10 @@ def open_source(config: SourceConfig) -> Source:
         wanted = [name for name in wanted if listed[name]] or wanted[:1]
     captioned = _captioned(root, listed, wanted) if kind == "folder" else b""
     sizes = () if kind in ("folder", "class_folders") else tuple(listed[name] for name in wanted)
-    return Source(config, kind, tuple(wanted), _columns(kind, wanted[0]), sizes, captioned)
+    digest = hashlib.sha256()
+    for name in wanted:
+        digest.update(f"{name}\t{listed[name]}\n".encode("utf-8", "surrogateescape"))
+    return Source(config, kind, tuple(wanted), _columns(kind, wanted[0]), sizes, digest.hexdigest()[:16], captioned)
 
 
 def estimate_rows(source: Source) -> tuple[int, bool]:

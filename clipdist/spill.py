@@ -1,7 +1,7 @@
 """Ids and contents of millions of rows compared on disk, where not even the ids fit in memory.
 
-Of every stored row, of every planned row and of every reject a record (hash of the id, hash of the content, where it
-is) goes to files on disk by the hash of its id; then these are compared, file by file.
+Of every row a record (hash of the id, where it is, and for a comparison the hash of its content) goes to files on disk
+by the hash of its id; then these are looked at, file by file.
 """
 
 from __future__ import annotations
@@ -19,45 +19,62 @@ from numpy.typing import NDArray
 
 Places: TypeAlias = NDArray[np.int64]
 
-RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("content", "<u8"), ("place", "<i8")])
+PLACES = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<i8")])
+CONTENTS = np.dtype([*PLACES.descr, ("content", "<u8")])
 PARTITIONS = 256
 """Of 100 million rows with three captions each a partition holds 50 MB."""
 SPILL_BYTES = 16 << 20
+"""A smaller set of records, of up to 500,000, needs no disk."""
 
 
 class Spill:
-    """Records on disk, by the hash of their id."""
+    """Records by the hash of their id: in memory while they are few, then on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, record: np.dtype[Any]) -> None:
+        """`record`: PLACES, or CONTENTS."""
+        self.folder, self.record = folder, record
         self._waiting: list[NDArray[Any]] = []
+        self._on_disk = False
         folder.mkdir()
 
-    def add(self, keys: pa.Array, contents: NDArray[np.uint64], places: Places) -> None:
-        """`keys`: texts without nulls."""
+    def add(self, keys: pa.Array, **columns: Any) -> None:
+        """`keys`: texts without nulls; `columns`: the other fields of the records."""
         digests = [hashlib.blake2b(key, digest_size=16).digest() for key in keys.cast(pa.binary()).to_pylist()]
-        records = np.empty(len(digests), RECORD)
+        records = np.empty(len(digests), self.record)
         halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
         records["high"], records["low"] = halves[:, 0], halves[:, 1]
-        records["content"], records["place"] = contents, places
+        for name, values in columns.items():
+            records[name] = values
         self._waiting.append(records)
         if sum(some.nbytes for some in self._waiting) >= SPILL_BYTES:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def partition(self, number: int) -> NDArray[Any]:
+        """The records of one of PARTITIONS, in the order in which they came."""
+        if self._on_disk:
+            self._flush()
+            path = self.folder / str(number)
+            return np.fromfile(path, self.record) if path.exists() else np.zeros(0, self.record)
+        records = self._in_memory()
+        found: NDArray[Any] = records[records["high"] % PARTITIONS == number]
+        return found
+
+    def partitions(self) -> Iterator[NDArray[Any]]:
+        return map(self.partition, range(PARTITIONS))
+
+    def _in_memory(self) -> NDArray[Any]:
+        self._waiting = [np.concatenate([np.zeros(0, self.record), *self._waiting])]
+        return self._waiting[0]
+
+    def _flush(self) -> None:
         """Appends what waits in memory to the files."""
-        records = np.concatenate([np.zeros(0, RECORD), *self._waiting])
-        self._waiting = []
+        records, self._waiting, self._on_disk = self._in_memory(), [], True
         partition = (records["high"] % PARTITIONS).astype(np.int64)
         records = records[np.argsort(partition, kind="stable")]
         ends = np.cumsum(np.bincount(partition, minlength=PARTITIONS))
         for number in np.unique(partition).tolist():
             with (self.folder / str(number)).open("ab") as file:
                 file.write(records[ends[number - 1] if number else 0 : ends[number]].tobytes())
-
-    def partition(self, number: int) -> NDArray[Any]:
-        path = self.folder / str(number)
-        return np.fromfile(path, RECORD) if path.exists() else np.zeros(0, RECORD)
 
 
 @dataclass(frozen=True)
@@ -81,8 +98,6 @@ class Difference:
 def differences(stored: Spill, planned: Spill, bad: Spill, rejects: Spill) -> Iterator[Difference]:
     """What differs, partition by partition. An id may be stored as several rows, whose contents are added up. `bad`:
     planned rows that are rejected unseen: their id is planned, and never stored as planned."""
-    for spill in (stored, planned, bad, rejects):
-        spill.flush()
     for number in range(PARTITIONS):
         parts = [spill.partition(number) for spill in (stored, planned, bad, rejects)]
         if any(map(len, parts)):

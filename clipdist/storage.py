@@ -314,13 +314,23 @@ def remove_tree(path: str) -> None:
     _patiently(fs, path, remove_all)
 
 
-def fingerprint(path: str, edge_bytes: int = 1 << 20) -> str:
-    """Changes when the file changes: its size and a hash of its first and last MiB (reading 2 MiB at most)."""
-    total = size(path)
-    digest = hashlib.sha256(read_bytes(path, 0, min(edge_bytes, total)) if total else b"")
-    if total > edge_bytes:
-        digest.update(read_bytes(path, max(total - edge_bytes, edge_bytes), total))
-    return f"{total}-{digest.hexdigest()[:16]}"
+def fingerprint(path: str, whole_bytes: int = 16 << 20, edge_bytes: int = 1 << 20) -> str:
+    """Changes when the file changes: its size, and what its store says of its content (an ETag) or a hash of it. Of a
+    file larger than `whole_bytes` it is the hash of both ends, and on a disk the time at which it was written."""
+    fs, inner = filesystem(path)
+    facts = _patiently(fs, path, lambda: fs.info(inner))
+    total, tag = int(facts["size"] or 0), facts.get("ETag") or facts.get("etag")
+    if tag:
+        return f"{total}-{str(tag).strip(chr(34))}"
+    if total <= whole_bytes:
+        return f"{total}-{_hash(read_bytes(path, 0, total))}"
+    ends = read_bytes(path, 0, edge_bytes) + read_bytes(path, total - edge_bytes, total)
+    written = os.stat(inner).st_mtime_ns if isinstance(fs, LocalFileSystem) else ""
+    return f"{total}-{_hash(ends)}-{written}"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _write_temporary(inner: str, data: bytes) -> str:

@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -20,9 +21,12 @@ import pyarrow.parquet as pq
 from clipdist import storage
 from clipdist.batches import BATCH_ROWS, MALFORMED, Batch, Column, Row, column, in_batches, plain
 from clipdist.config import UserError
+from clipdist.report import file_size
 
 CSV_BLOCK_BYTES = 4 << 20
 JSONL_BLOCK_LINES = 512
+ROW_GROUP_BYTES = 2 << 30
+"""Of pictures: a process that reads some holds up to two row groups."""
 
 
 def columns_of(kind: str, path: str) -> tuple[str, ...]:
@@ -139,6 +143,8 @@ def parquet_batches(path: str, image_column: str, folder: str, wanted: Collectio
         leaf = _bytes_column(image_column, file.schema_arrow.field(image_column).type)
         names = [name for name in file.schema_arrow.names if _is_read(name, image_column, wanted)]
         names = [name for name in names if name != image_column or leaf is None]
+        if leaf is not None:
+            _check_row_groups(path, file.metadata, leaf)
         for groups in _row_groups(file.metadata, BATCH_ROWS if leaf is None else 0):
             start = 0
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names):
@@ -148,6 +154,19 @@ def parquet_batches(path: str, image_column: str, folder: str, wanted: Collectio
                     rows = pa.array(range(start, start + len(batch))).cast(pa.string())
                     yield _with(batch, pc.binary_join_element_wise(f"{path}#row={groups[0]}:", rows, f":{leaf}", ""))
                 start += len(batch)
+
+
+def _check_row_groups(path: str, metadata: pq.FileMetaData, leaf: str) -> None:
+    """UserError for pictures in so large row groups that a process which reads one has no memory left for others."""
+    index = [metadata.schema.column(number).path for number in range(metadata.num_columns)].index(leaf)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    largest, rows = max(((g.column(index).total_uncompressed_size, g.num_rows) for g in groups), default=(0, 0))
+    if largest > ROW_GROUP_BYTES:
+        raise UserError(
+            f"source.path: {path}: a row group with {rows:,} pictures, {file_size(largest)}, is read at once; at most "
+            f"{file_size(ROW_GROUP_BYTES)} can be: write the file with smaller row groups, for example of "
+            f"{max(1, 1 << int(math.log2(rows * (ROW_GROUP_BYTES >> 3) / largest))):,} rows"
+        )
 
 
 def _row_groups(metadata: pq.FileMetaData, at_least: int) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from clipdist.config import UserError
 from clipdist.ledger import Ledger
+from clipdist.manifest import read_manifest
 
 HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
 """After this many rows a job stops when this share of them was rejected: a wrong folder, missing credentials."""
@@ -21,6 +22,12 @@ class Tally:
         self.reasons: dict[str, Counter[str]] = {}
         self.here: Counter[tuple[str, str]] = Counter()
         """(table, "planned" or "lost") of this run alone: what an earlier one met may be mended."""
+        self.bad_before = Counter[str]()
+        """Rows of an update that the table has as rejects: no wonder if these are lost again."""
+        if ledger.purpose == "update":
+            for sign, state in ((1, read_manifest(ledger.uri)), (-1, ledger.base)):
+                for table, reasons in state.rejected.items():
+                    self.bad_before[table] += sign * sum(reasons.values())
         for record in ledger.records():
             self._add(record["planned"], record["rejected"])
 
@@ -42,12 +49,13 @@ class Tally:
     def stop_if_hopeless(self) -> None:
         """UserError when the limit is certain to be passed, or nearly everything fails."""
         for table, rows in self.planned.items():
-            # A later plan may hold little else than rows that were bad before.
-            certain = self.ledger.purpose == "make" and self.limit < HOPELESS_FRACTION
-            seen, lost = self.here[table, "planned"], self.here[table, "lost"]
-            if certain and seen >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * seen:
-                raise UserError(self._failure(table, seen, lost))
-            if not self.retry_follows and self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
+            new = self.ledger.purpose in ("make", "update") and self.limit < HOPELESS_FRACTION
+            seen, lost = (self.here[table, what] - self.bad_before[table] for what in ("planned", "lost"))
+            if new and seen >= HOPELESS_ROWS and lost >= HOPELESS_FRACTION * seen:
+                raise UserError(self._failure(table, self.here[table, "planned"], self.here[table, "lost"]))
+            # How many texts there will be is not known before the end.
+            certain = not self.retry_follows and table != "texts"
+            if certain and self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
                 raise UserError(self._failure(table, rows, sum(self.reasons[table].values())))
 
     def judge(self) -> None:

@@ -79,6 +79,10 @@ def make_table(
         _clean_up(uri)
         return manifest
     with lease.held(uri) as held:
+        there = open_ledger(uri)
+        if there is not None and there.finished() is None and is_outdated(there, stamp, update):
+            run_units(there, work, max_rejected_fraction, held)  # its plan holds all that its input had
+            _publish(there, max_rejected_fraction, held)
         ledger = begin_or_update(uri, stamp, plan, update, shard_units=shard_units)
         runtime.save_config(uri, config)
         manifest, retrying = ledger.finished(), ledger.purpose == "retry" and bool(ledger.missing())
@@ -91,11 +95,16 @@ def make_table(
                 ledger, manifest = again, None
                 run_units(ledger, work, max_rejected_fraction, held)
         if manifest is not None:
+            held.check()
             ledger.sweep(manifest)
             return manifest
-        Tally(ledger, max_rejected_fraction).judge()
-        held.check()
-        return ledger.publish()
+        return _publish(ledger, max_rejected_fraction, held)
+
+
+def _publish(ledger: Ledger, max_rejected_fraction: float, held: lease.Lease) -> Manifest:
+    Tally(ledger, max_rejected_fraction).judge()
+    held.check()
+    return ledger.publish()
 
 
 def _clean_up(uri: str) -> None:
@@ -122,6 +131,9 @@ def run_units(
         speed = Throughput()
         metrics = Metrics(work.name) if todo else None
         suspects: list[int] = []
+        if 0 < left < total:
+            goes_on = f"{total - left:,} of {total:,} rows are done; what else was under way is done again"
+            progress.note(goes_on, done=total - left, left=left)
 
         def take(report: dict[str, Any]) -> None:
             if held.lost:

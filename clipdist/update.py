@@ -30,24 +30,21 @@ def begin_or_update(uri: str, stamp: Stamp, plan: Plan, mode: Mode | None, *, sh
 
 
 def is_outdated(there: Ledger, stamp: Stamp, mode: Mode | None) -> bool:
-    """Whether another input is to be brought in. UserError when the output was made with other settings, with another
-    input and no update is asked for, or when something else has to be finished first."""
+    """Whether another input is to be brought in, when what is under way is finished. UserError when the output was made
+    with other settings, with another input and no update is asked for, or when a compaction is under way."""
     finished = there.finished() is not None
     if there.purpose == "compact" and not finished:
         raise UserError(f"{there.uri}: {under_way(there)}; finish that first: {finish_with(there)}")
     advice = ""
     if stamp.identity != there.stamp.identity and _but_input(stamp) == _but_input(there.stamp):
-        if finished and mode is not None:
+        if mode is not None:
             return True
         advice = ", or bring this one up to the new input with update=add or update=mirror"
         if not finished:
-            advice = f";\n  {under_way(there)}: finish it first with {finish_with(there)}"
+            advice += f";\n  {under_way(there)}: with update=... it is finished first, as it was planned"
     refuse_other_stamp(there.uri, stamp, there.stamp, advice)
     # A table to which an input was only added also holds rows of others.
-    more = mode == "mirror" and there.stamp.recorded.get("update") == "add"
-    if more and not finished:
-        raise UserError(f"{there.uri}: {under_way(there)}, with update=add: finish it first with {finish_with(there)}")
-    return more
+    return mode == "mirror" and there.stamp.recorded.get("update") == "add"
 
 
 def _but_input(stamp: Stamp) -> tuple[Any, ...]:

@@ -175,7 +175,9 @@ def jobs(home: Path, s3: str) -> Iterator[Jobs]:
         with _environment(ours):
             cluster = _start_cluster()
         try:
-            yield Jobs(home, store, cluster, ours | {"RAY_ADDRESS": cluster.address})
+            # a job asks for a token when the cluster does, whenever the process that jobs are forked from began
+            mode = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "")}
+            yield Jobs(home, store, cluster, ours | mode | {"RAY_ADDRESS": cluster.address})
         finally:
             cluster.shutdown()
 

@@ -210,4 +210,4 @@ def test_private_addresses_need_permission(cluster: Jobs, web: str) -> None:
     assert not found.rejects
     assert len(found.vectors) == 26
     manifest = json.loads(Path(home / "allowed/manifests/00000001.json").read_text())
-    assert manifest["stamp"]["identity"]["limits"]["allow_private_hosts"] is True
+    assert manifest["stamp"]["recorded"]["limits"]["allow_private_hosts"] is True

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipdist import embed, info, models
+from clipdist import embed, info, models, units
 from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.ledger import open_ledger
@@ -42,6 +42,33 @@ def vectors(manifest: Manifest) -> dict[str, bytes]:
         for shards in [Shards(manifest, table)]
         for row_id, row in zip(shards.columns(["id"])["id"].to_pylist(), shards.matrix(), strict=True)
     }
+
+
+def test_a_catalog_that_is_rewritten_after_a_run_died_is_brought_in(
+    tmp_path: Path, tiny_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had begun is finished as it was planned, of a first run as of an update; then its rows are compared."""
+    table = write_shapes(tmp_path / "raw", copies=1)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    output, model = tmp_path / "embeddings", str(tmp_path / "model")
+    models.load(ModelConfig(name=tiny_clip)).save(Path(model), final_path=model)
+
+    def dies(self: Any, unit: int) -> None:
+        raise RuntimeError("the machine is gone")
+
+    for number, update in enumerate((None, "mirror")):
+        write_rows(table, rows[number : 24 + number])
+        with monkeypatch.context() as patched:
+            patched.setattr(units.Joiner, "committed", dies)
+            with pytest.raises(RuntimeError, match="the machine is gone"):
+                run(table, output, model, update=update)
+        write_rows(table, rows[number + 1 : 30 + number])
+        with pytest.raises(UserError, match="under way.*it is finished first"):
+            run(table, output, model)
+        run(table, output, model, update="mirror")
+        expected = run(table, tmp_path / f"fresh{number}", model)
+        assert vectors(read_manifest(str(output), "embeddings")) == vectors(expected)
 
 
 def test_add_and_mirror_hold_what_a_new_run_holds(tmp_path: Path, tiny_clip: str) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,13 +12,13 @@ import pyarrow as pa
 from clipdist import storage
 from clipdist.compare import Mode
 from clipdist.joining import join_shards
-from clipdist.ledger import Ledger
+from clipdist.ledger import Ledger, open_ledger
 from clipdist.manifest import File, Manifest, read_manifest
 from clipdist.retry import planned_row
 from clipdist.schema import Stamp, embeddings_schema
 from clipdist.search import Index
 from clipdist.shards import Shards, encode_shard
-from clipdist.update import begin_or_update
+from clipdist.update import begin_or_update, is_outdated
 
 DIM, UNIT_ROWS, SHARD_ROWS = 4, 3, 6
 KEPT = [pa.field("price", pa.float64())]
@@ -71,6 +70,9 @@ def embed(
     uri: str, items: Sequence[Item], mode: Mode | None = None, towers: Sequence[str] = ("images", "texts")
 ) -> Manifest:
     """What the job does, without Ray: open, go on or update; commit what is missing, join, publish."""
+    there = open_ledger(uri)
+    if there is not None and there.finished() is None and is_outdated(there, stamp_of(items, towers), mode):
+        finish(there)
     ledger = open_embeddings(uri, items, mode, towers)
     return ledger.finished() or finish(ledger)
 
@@ -85,7 +87,7 @@ def finish(ledger: Ledger) -> Manifest:
     for unit in ledger.missing():
         commit(ledger, unit)
     for shard in sorted(set(ledger.shards) - ledger.closed()):
-        ledger.join(shard, partial(join_shards, stamp=ledger.stamp))
+        ledger.join(shard, join_shards)
     return ledger.publish()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipdist import duplicates
+from clipdist import duplicates, spill
 from clipdist.duplicates import duplicate_rows
 
 
@@ -22,7 +22,7 @@ def test_duplicates_of_a_large_input(monkeypatch: pytest.MonkeyPatch, spill_byte
     ids = [str(n) for n in np.random.default_rng(0).integers(0, rows, rows).tolist()]
     seen: set[str] = set()
     expected = [row for row, n in enumerate(ids) if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
-    monkeypatch.setattr(duplicates, "SPILL_BYTES", spill_bytes)
+    monkeypatch.setattr(spill, "SPILL_BYTES", spill_bytes)
     found = duplicate_rows(in_batches(ids, 99))
     assert (found.dtype, found.tolist()) == (np.dtype(np.int64), expected)
 
@@ -31,10 +31,10 @@ def test_no_partition_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     partitions: list[int] = []
     real = duplicates._repeated
     monkeypatch.setattr(duplicates, "_repeated", lambda records: partitions.append(len(records)) or real(records))
-    monkeypatch.setattr(duplicates, "SPILL_BYTES", 1 << 20)
+    monkeypatch.setattr(spill, "SPILL_BYTES", 1 << 20)
     assert len(duplicate_rows(in_batches([str(n) for n in range(100_000)], 10_000))) == 0
     assert sum(partitions) == 100_000
-    assert max(partitions) < 100_000 / duplicates.PARTITIONS * 1.5
+    assert max(partitions) < 100_000 / spill.PARTITIONS * 1.5
 
 
 def test_long_ids_in_bounded_memory() -> None:

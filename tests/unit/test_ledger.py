@@ -52,7 +52,7 @@ def commit(book: Ledger, unit: int, rejected: int = 1) -> bool:
     return book.commit(unit, {("pairs", None): shard(kept)}, {"pairs": len(ids)}, [reject(row) for row in lost])
 
 
-def join(paths: Sequence[str], table: str) -> tuple[bytes, File]:
+def join(paths: Sequence[str], table: str, stamp: Stamp) -> tuple[bytes, File]:
     """Pieces -> one shard."""
     ids = [pq.read_table(io.BytesIO(storage.read_bytes(path))).column("id").to_pylist() for path in paths]
     return shard(list(itertools.chain(*ids)))

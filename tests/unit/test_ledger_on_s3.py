@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def work(book: ledger.Ledger, bad: str) -> Manifest:
     for unit in book.missing():
         commit(book, unit, bad)
     for shard in set(book.shards) - book.closed():
-        book.join(shard, partial(join_shards, stamp=STAMP))
+        book.join(shard, join_shards)
     return book.publish()
 
 

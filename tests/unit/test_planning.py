@@ -435,3 +435,13 @@ def test_a_parquet_input(tmp_path: Path) -> None:
         ("7", ["a", "b"], None),
         (None, [], "empty_id"),
     ]
+
+
+def test_pictures_in_a_row_group_that_is_too_large_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROW_GROUP_BYTES", 100_000)
+    table = pa.table({"id": [str(n) for n in range(64)], "image": [bytes([n]) * 4000 for n in range(64)]})
+    pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False)
+    with pytest.raises(UserError, match="row group with 64 pictures, 264 kB, is read at once.*for example of 2 rows"):
+        planned(open_source(SourceConfig(path=str(tmp_path / "t.parquet"))))
+    pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False, row_group_size=16)
+    assert len(planned(open_source(SourceConfig(path=str(tmp_path / "t.parquet"))))) == 64

@@ -350,6 +350,15 @@ def test_the_fingerprint_changes_with_the_input(tmp_path: Path) -> None:
     assert len(set(seen)) == len(seen)
 
 
+def test_the_fingerprint_has_the_sizes_of_all_files(tmp_path: Path) -> None:
+    for number in range(1002):
+        write(tmp_path / f"{number:04d}.jpg", b"x")
+    before = opened(tmp_path).fingerprint()
+    write(tmp_path / "1001.jpg", b"longer")
+    after = opened(tmp_path).fingerprint()
+    assert (before["content"], before["listing"] == after["listing"]) == (after["content"], False)
+
+
 def test_inputs_on_s3(bucket: str, tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "t.tar", {"1.jpg": b"in the tar", "1.txt": b"one"})
     pq.write_table(pa.table({"id": ["p"], "image": [b"x"]}), tmp_path / "t.parquet")

@@ -116,11 +116,21 @@ def test_local_names_are_taken_as_they_are(tmp_path: Path) -> None:
 
 def test_a_fingerprint_changes_with_the_content(place: str) -> None:
     path, seen = storage.join(place, "file"), set()
-    edge = 8
-    for data in (b"", b"a", b"b", b"a" * 8, b"a" * 9, b"b" + b"a" * 20, b"a" * 20 + b"b", b"a" * 21, b"a" * 22):
+    whole, edge = 20, 4
+    for data in (
+        b"",
+        b"a",
+        b"b",
+        b"a" * 8,
+        b"a" * 9,
+        b"b" + b"a" * 20,
+        b"a" * 20 + b"b",
+        b"a" * 21,
+        b"a" * 10 + b"b" + b"a" * 10,
+    ):
         storage.write_atomic(path, data)
-        found = storage.fingerprint(path, edge)
-        assert found == storage.fingerprint(path, edge)
+        found = storage.fingerprint(path, whole, edge)
+        assert found == storage.fingerprint(path, whole, edge)
         assert found not in seen
         seen.add(found)
 
