@@ -58,12 +58,12 @@ def test_a_catalog_that_is_rewritten_after_a_run_died_is_brought_in(
         raise RuntimeError("the machine is gone")
 
     for number, update in enumerate((None, "mirror")):
-        write_rows(table, rows[number : 24 + number])
+        write_rows(table, rows[2 * number : 24 + 8 * number])
         with monkeypatch.context() as patched:
             patched.setattr(units.Joiner, "committed", dies)
             with pytest.raises(RuntimeError, match="the machine is gone"):
                 run(table, output, model, update=update)
-        write_rows(table, rows[number + 1 : 30 + number])
+        write_rows(table, rows[2 * number + 1 : 30])
         with pytest.raises(UserError, match="under way.*it is finished first"):
             run(table, output, model)
         run(table, output, model, update="mirror")
