@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
 from clipdist import images, models, planning, storage
+from clipdist.captions import checked_templates
 from clipdist.config import Section, UserError
 from clipdist.images import Preprocess
 from clipdist.loading import Reading
@@ -42,7 +43,7 @@ class CatalogConfig(Section):
     @field_validator("captions")
     @classmethod
     def _templates(cls, captions: tuple[str, ...]) -> tuple[str, ...]:
-        return planning.checked_templates(captions)
+        return checked_templates(captions)
 
 
 class EmbedConfig(Section):

@@ -19,6 +19,7 @@ import ray.data
 from pydantic import Field, field_validator
 
 from clipdist import images, planning, storage, units
+from clipdist.captions import checked_templates, default_captions
 from clipdist.config import Section, dump
 from clipdist.images import BadImage
 from clipdist.ledger import Ledger
@@ -64,7 +65,7 @@ class PrepareConfig(Section):
     @field_validator("captions")
     @classmethod
     def _templates(cls, captions: tuple[str, ...]) -> tuple[str, ...]:
-        return planning.checked_templates(captions)
+        return checked_templates(captions)
 
 
 def run(config: PrepareConfig) -> Manifest:
@@ -130,7 +131,7 @@ def prepare_unit(row: dict[str, Any], ledger: Ledger, config: PrepareConfig) -> 
 
 def _open(config: PrepareConfig) -> tuple[Source, tuple[str, ...]]:
     source = open_source(config.source)
-    templates = config.captions or planning.default_captions(source)
+    templates = config.captions or default_captions(source)
     planning.check_columns(source, config.columns, templates)
     return source, templates
 

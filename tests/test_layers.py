@@ -52,6 +52,7 @@ LEARN = [
     "tables",
     "folders",
     "sources",
+    "captions",
     "duplicates",
     "planning",
     "vocab",

@@ -18,8 +18,9 @@ import pytest
 from pydantic import ValidationError
 
 from clipdist import batches, planning, tables
+from clipdist.captions import captions_of, default_captions, template_columns
 from clipdist.config import UserError
-from clipdist.planning import ColumnsConfig, SplitConfig, captions_of, split_of
+from clipdist.planning import ColumnsConfig, SplitConfig, split_of
 from clipdist.sources import Source, SourceConfig, open_source
 
 COLUMNS, SPLIT = ColumnsConfig(), SplitConfig()
@@ -144,16 +145,16 @@ def test_captions(templates: tuple[str, ...], expected: list[str]) -> None:
 @pytest.mark.parametrize("template", ["no column", "{", "}", "{a!r}", "{a:>5}", "", "{{a}}"])
 def test_what_is_no_template(template: str) -> None:
     with pytest.raises(ValueError, match="is no caption template|names no column|only plain"):
-        planning.template_columns(template)
+        template_columns(template)
 
 
 def test_default_captions(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"captions: required for a table.*\(columns: id, image, title\)"):
-        planning.default_captions(source_of(tmp_path, pairs(1)))
+        default_captions(source_of(tmp_path, pairs(1)))
     (tmp_path / "hat").mkdir()
     (tmp_path / "hat" / "1.jpg").write_bytes(b"x")
     (tmp_path / "rows.jsonl").unlink()
-    assert planning.default_captions(open_source(SourceConfig(path=str(tmp_path)))) == ("a photo of {label}",)
+    assert default_captions(open_source(SourceConfig(path=str(tmp_path)))) == ("a photo of {label}",)
 
 
 # --- rows and reasons ------------------------------------------------------------------------------------------------
