@@ -5,7 +5,8 @@ One run measures, in every round, on the same photos and the same (random) weigh
 encode    the image tower alone on ready pixels, in the job's batches and precision, on all cores (one process with all
           threads, and one per core: the better one counts) or on all GPUs;
 decode    reading, decoding and resizing alone, one process per core;
-job       `clipdist embed`, a CSV with paths in, images alone, output on disk;
+job       `clipdist embed`, a CSV with paths in, images alone, output on disk; on CPUs that compute in bfloat16 also with
+          precision=bf16 and batch_rows=128;
 peer      `clip-retrieval inference` where --peer-python names an interpreter that has it; and always a DataLoader loop.
 
 The ceiling is 1 / (1 / encode + 1 / decode) on CPUs, where both share the cores, and the smaller one on GPUs. Rates of
@@ -52,6 +53,7 @@ from clipdist.outputs import ENCODE_ROWS
 SAME_COSINE, SAME_NEAREST = 0.999, 0.98
 """Nearest: identical photos have no nearest one, and bf16 cannot tell some near ones apart."""
 SAMPLE = 1000
+HALF, HALF_SETTINGS = "job, bf16", ["precision=bf16", "batch_rows=128"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def measure(
     rates: dict[str, list[float]] = {}
     walls: list[float] = []
     vectors: dict[str, NDArray[np.float32]] = {}
+    jobs = {"job": options.job} | ({HALF: [*options.job, *HALF_SETTINGS]} if has_half() else {})
 
     def note(name: str, rate: float, number: int) -> None:
         rates.setdefault(name, []).append(rate)
@@ -160,19 +163,25 @@ def measure(
         for name, rate in ceilings.encode(model, rows, options.seconds).items():
             note(f"encode, {name}", rate, number)
         note("decode", ceilings.decode(photos, preprocess, options.seconds), number)
-        sides: list[Way | None] = [*ways, None]
+        sides: list[Way | str] = [*ways, *jobs]
         for way in sides[:: -1 if number % 2 else 1]:
-            run = home / f"{way.name.split()[-1] if way else 'job'}-{number}"
-            if way is None:
-                wall, units = run_job(run, home / "photos.csv", model, options.job)
-                walls.append(wall)
-                note("job", steady_rate(units, min(torch.cuda.device_count() or peers.cores(), 8)), number)
-                vectors["job"] = job_vectors(run)
+            run = home / f"{(way if isinstance(way, str) else way.name).split()[-1]}-{number}"
+            if isinstance(way, str):
+                wall, units = run_job(run, home / "photos.csv", model, jobs[way])
+                walls += [wall] if way == "job" else []
+                note(way, steady_rate(units, min(torch.cuda.device_count() or peers.cores(), 8)), number)
+                vectors[way] = job_vectors(run)
             else:
                 results, vectors[way.name] = run_peer(run, home / "photos", way, model)
                 note(way.name, steady_rate(results[1:], way.workers), number)
     agreed = {name: agreement(vectors["job"], found) for name, found in vectors.items() if name != "job"}
     return rates, walls, agreed
+
+
+def has_half() -> bool:
+    """Whether this is a CPU with instructions for bfloat16."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return not torch.cuda.is_available() and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 def steady_rate(results: Sequence[tuple[float, int]], workers: int) -> float:
@@ -295,6 +304,7 @@ def report(
     found: dict[str, Any] = {"encode_per_second": encode, "decode_per_second": decode, "ceiling_per_second": ceiling}
     found |= {"job_per_second": job, "share_of_ceiling": job / ceiling, "peer_per_second": middle[peer]}
     found |= {"ratio_to_peer": job / middle[peer], "loop_per_second": middle["DataLoader loop"]}
+    found |= {"ratio_to_peer_bf16": middle[HALF] / middle[peer]} if HALF in middle else {}
     found |= {
         "start_up_seconds": start_up,
         "job_wall_seconds": wall,
