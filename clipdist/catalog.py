@@ -19,7 +19,7 @@ from clipdist.manifest import Manifest, read_manifest
 from clipdist.models import ModelConfig
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.schema import Stamp, recorded
-from clipdist.sources import Source, SourceConfig, estimate_rows, open_source
+from clipdist.sources import Source, SourceConfig, estimate_rows, open_source, refuse_inside
 from clipdist.towers import Towers
 
 Tower = Literal["images", "texts"]
@@ -154,6 +154,7 @@ class Input:
 def open_input(config: EmbedConfig) -> Input:
     """Finds the input. UserError when it, a column or a split is not there."""
     if config.catalog is not None:
+        refuse_inside(config.catalog.source, config.output)
         source = open_source(config.catalog.source)
         planning.check_columns(source, config.catalog.columns, config.catalog.captions)
         return Input(config, source, None)

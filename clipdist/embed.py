@@ -11,18 +11,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 import torch
 
 from clipdist import attempts, catalog, models, planning, runtime, storage, units
 from clipdist.catalog import EmbedConfig as EmbedConfig
-from clipdist.catalog import Precision, open_input
+from clipdist.catalog import Input, open_input
 from clipdist.config import UserError, dump
 from clipdist.encoding import Encoder
 from clipdist.estimate import Sample, estimate
@@ -31,9 +31,12 @@ from clipdist.joining import join_shards
 from clipdist.ledger import Ledger, open_ledger
 from clipdist.loading import READERS, Times, load_rows, rejects_of, stack, texts_of
 from clipdist.manifest import Manifest
-from clipdist.schema import stored_dtype
+from clipdist.schema import Stamp, stored_dtype
+from clipdist.towers import Towers
 from clipdist.unit_tables import KILLS, from_bytes, to_bytes
 from clipdist.unit_tasks import load_unit, write_unit
+from clipdist.update import is_outdated
+from clipdist.upkeep import under_way
 
 UNITS_PER_ENCODER = 4
 ENCODERS_PER_NODE = 8
@@ -53,32 +56,37 @@ HOPELESS_DEATHS = 24
 unit with a few rows that kill has parts that live long before."""
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A job whose input, model and output were looked at. `config`: with places that hold anywhere, and the precision
+    with which the output was begun."""
+
+    config: EmbedConfig
+    model: Towers
+    given: Input
+    there: Ledger | None
+
+    def stamp(self) -> Stamp:
+        return catalog.stamp(self.config, self.model, self.given.identity())
+
+
 def run(config: EmbedConfig) -> Manifest:
     """Makes the embeddings at `config.output`, or goes on with them, or finds them finished."""
-    output = storage.absolute(config.output)
-    model = models.load(config.model)
-    place = models.locate(config.model.name)
-    there, made_from = open_ledger(output), open_input(config)
-    if there is None:
-        _refuse_random_weights(config, place)
-    resolved = config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"name": place.folder or place.name}),
-            "output": output,
-            "pairs": config.pairs and storage.absolute(config.pairs),
-            "catalog": config.catalog and config.catalog.absolute(),
-            "precision": config.precision or _precision(config, there),
-        }
-    )
+    opened = _open(config)
+    if opened.config.precision is None:
+        runtime.connect()
+        precision = "bf16" if _gpus(config) else "fp32"
+        opened = replace(opened, config=opened.config.model_copy(update={"precision": precision}))
+    resolved, preprocess = opened.config, opened.model.preprocess
     return units.make_table(
-        output,
-        catalog.stamp(resolved, model, made_from.identity()),
-        lambda: planning.not_empty(made_from.plan(), config.pairs or "catalog"),
+        resolved.output,
+        opened.stamp(),
+        lambda: planning.not_empty(opened.given.plan(), config.pairs or "catalog"),
         units.Work(
             "embed",
-            partial(_pipeline, config=resolved, preprocess=model.preprocess),
+            partial(_pipeline, config=resolved, preprocess=preprocess),
             join_shards,
-            partial(_rescue, config=resolved, preprocess=model.preprocess),
+            partial(_rescue, config=resolved, preprocess=preprocess),
         ),
         max_rejected_fraction=config.max_rejected_fraction,
         retry_rejected=config.retry_rejected,
@@ -86,6 +94,25 @@ def run(config: EmbedConfig) -> Manifest:
         shard_units=config.shard_units,
         update=config.update,
     )
+
+
+def _open(config: EmbedConfig) -> _Opened:
+    """UserError for what can be seen before any work."""
+    output = storage.absolute(config.output)
+    storage.check_writable(output)
+    there, given = open_ledger(output), open_input(config)
+    model, place = models.load(config.model), models.locate(config.model.name)
+    if there is None:
+        _refuse_random_weights(config, place)
+    resolved = {
+        "model": config.model.model_copy(update={"name": place.folder or place.name}),
+        "output": output,
+        "pairs": config.pairs and storage.absolute(config.pairs),
+        "catalog": config.catalog and config.catalog.absolute(),
+        # As the output was begun, so that no table mixes two.
+        "precision": config.precision or (there.stamp.identity.get("precision") if there is not None else None),
+    }
+    return _Opened(config.model_copy(update=resolved), model, given, there)
 
 
 def _refuse_random_weights(config: EmbedConfig, place: models.ModelPlace) -> None:
@@ -96,20 +123,11 @@ def _refuse_random_weights(config: EmbedConfig, place: models.ModelPlace) -> Non
         )
 
 
-def _precision(config: EmbedConfig, there: Ledger | None) -> Precision:
-    """As the output was begun, so that no table mixes two; of a new one bf16 on GPUs, fp32 on CPUs."""
-    if there is not None and "precision" in there.stamp.identity:
-        return there.stamp.identity["precision"]  # type: ignore[no-any-return]
-    runtime.connect()
-    return "bf16" if _gpus(config) else "fp32"
-
-
 def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
     """Opens the input, builds the model, embeds a few rows, and says what all of them will take; writes nothing."""
-    model = models.load(config.model)
-    made_from = open_input(config)
-    unit = next(iter(made_from.plan(first_rows=SAMPLE_ROWS)), None)
-    plan = unit if unit is not None else pa.table({})
+    opened = _open(config)
+    given, model = opened.given, opened.model
+    plan = next(planning.not_empty(given.plan(first_rows=SAMPLE_ROWS), config.pairs or "catalog"))
     rows, times, encoder = plan.to_pylist(), Times(), Encoder(config, model)
     reading = config.reading(model.preprocess)
     encoder.images(np.zeros((1, model.preprocess.size, model.preprocess.size, 3), np.uint8))  # so that it is warm
@@ -123,12 +141,26 @@ def dry_run(config: EmbedConfig) -> list[tuple[str, str]]:
     pictures = sum(times.bytes) / max(len(times.bytes), 1)
     sample = Sample(len(rows), len(texts), plan.nbytes / max(len(rows), 1), pictures, seconds)
     return [
+        ("output", _state(opened)),
         ("model", f"{model.dim} dimensions, {model.preprocess.size} px, {len(model.terms)} domain terms"),
         ("first rows", f"{len(rows)} read, {len(rejects)} rejected"),
         ("vector length", f"{lengths.mean():.4f}" if len(lengths) else "none"),
-        *estimate(made_from, model.dim, sample),
+        *estimate(given, model.dim, sample),
         *(("reject", f"{rows[int(index)]['id']}: {message}") for index, (_, message) in list(rejects.items())[:5]),
     ]
+
+
+def _state(opened: _Opened) -> str:
+    """What is there of the output. UserError for what the run would refuse."""
+    there, config = opened.there, opened.config
+    if there is None:
+        return "new"
+    if is_outdated(there, opened.stamp(), config.update):
+        return "another input is brought in: only what differs is embedded; the figures below are for all rows"
+    if (manifest := there.finished()) is None:
+        return under_way(there)
+    again = sum(map(manifest.lost, manifest.planned)) if config.retry_rejected else 0
+    return f"finished; {again:,} rejected rows are tried again" if again else "finished: nothing is left to do"
 
 
 def derived(config: EmbedConfig) -> list[tuple[str, str]]:

@@ -11,11 +11,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from clipdist import patience, storage
 from clipdist.config import Fault, UserError
 
 RENEW_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
+WATCH_SECONDS = 2.5 * RENEW_SECONDS
 
 
 class Lease:
@@ -106,12 +108,24 @@ def _refuse_if_alive(uri: str, path: str) -> None:
         return
     age = time.time() - holder["time"]
     here = holder["host"] == socket.gethostname()
-    # A dead run on this host is known at once. The age counts here too: a restarted container reuses the numbers.
-    if age < STALE_SECONDS and not (here and not _is_running(holder["pid"])):
+    if here and not _is_running(holder["pid"]):
+        return  # known at once
+    # The age counts here too: a restarted container reuses the numbers of processes.
+    alive, left = age < STALE_SECONDS, STALE_SECONDS - age
+    if not here and not 0 <= age < STALE_SECONDS:  # dead, or its clock is another: then it is renewed meanwhile
+        time.sleep(WATCH_SECONDS)
+        alive, left = _is_renewed(path, holder), STALE_SECONDS
+    if alive:
         raise UserError(
             f"{uri}: another run is at work on this output (host {holder['host']}, process {holder['pid']}); "
-            f"if it is dead, its lease ends in {STALE_SECONDS - age:.0f} s"
+            f"if it is dead, its lease ends in {left:.0f} s"
         )
+
+
+def _is_renewed(path: str, holder: dict[str, Any]) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return bool(json.loads(storage.read_bytes(path)) != holder)
+    return False
 
 
 def _is_running(pid: int) -> bool:

@@ -105,6 +105,10 @@ class Ledger:
         closed, committed = self.closed(), self.committed()
         return [unit for unit in self.units if unit not in committed and not (closed and self.shard_of(unit) in closed)]
 
+    def left(self) -> int:
+        """How many units, or at last shards, are still to do."""
+        return len(self.missing()) or len(self.shards) - len(self.closed())
+
     def commit(
         self,
         unit: int,
@@ -168,7 +172,7 @@ class Ledger:
 
     def state(self) -> Manifest:
         """The base and the results of this plan. RuntimeError when a unit is missing, or a row is."""
-        if left := len(self.missing()) or len(self.shards) - len(self.closed()):
+        if left := self.left():
             raise RuntimeError(f"{self.uri}: {left} of {len(self.unit_rows)} units are not committed")
         planned, rejected = Counter(self.base.planned), {t: Counter(r) for t, r in self.base.rejected.items()}
         files, reject_files = list(self.base.files), list(self.base.reject_files)
@@ -195,9 +199,13 @@ class Ledger:
 
     def finished(self) -> Manifest | None:
         """The manifest that holds the results of this plan."""
-        value = latest(self.uri, "manifests")
-        manifest = Manifest.from_json(self.uri, value) if value is not None else None
+        manifest = self.published()
         return manifest if manifest is not None and manifest.plan == self.number else None
+
+    def published(self) -> Manifest | None:
+        """What readers see: the results of this plan or of an earlier one."""
+        value = latest(self.uri, "manifests")
+        return Manifest.from_json(self.uri, value) if value is not None else None
 
     def publish(self) -> Manifest:
         """Checks that every planned row was written or rejected, writes the manifest, deletes what is of no use."""
@@ -220,6 +228,10 @@ class Ledger:
         with ThreadPoolExecutor(THREADS) as pool:
             return pa.concat_tables([REJECTS.empty_table(), *pool.map(read, names)])
 
+    def has_rejects(self) -> bool:
+        """Whether a unit of this plan rejected a row."""
+        return any(record["reject_file"] for record in self.records())
+
     def reject_examples(self, count: int) -> list[str]:
         """A few rejects as lines for a person."""
         names = [record["reject_file"] for record in self.records() if record["reject_file"]]
@@ -231,7 +243,7 @@ class Ledger:
         return self.shards.stop if self.shard_units else self.units.stop
 
     def extend(self, stamp: Stamp, units: Iterable[pa.Table], base: Manifest, *, purpose: Purpose) -> Ledger:
-        """Makes the next plan: `units` are added to `base`. All units of this one must be done."""
+        """Makes the next plan: `units` are added to `base`, which holds what shall stay of this one."""
         first = {"first_unit": self.units.stop, "first_shard": self.shards.stop, "shard_units": self.shard_units}
         return _make_plan(self.uri, self.number + 1, purpose, stamp, units, base, **first)
 
@@ -266,18 +278,18 @@ class Ledger:
             keep |= Manifest.from_json(self.uri, json.loads(storage.read_bytes(before))).names()
         for folder in ("pieces", "commits"):
             old = [f"{folder}/{name}" for name in storage.names(self._path(folder))]
-            ours = [name for name in old if _number(name) < self.units.stop]
+            ours = [name for name in old if 0 <= _number(name) < self.units.stop]
             self._remove(ours if self.shard_units else [])
         ends = dict.fromkeys([*manifest.planned, "rejects"], self.next_number()) | {"deletes": self.number + 1}
         for folder, end in ends.items():
             there = [path.removeprefix(f"{self.uri}/") for path, _ in _walk(self._path(folder))]
-            self._remove([name for name in there if name not in keep and _number(name) < end])
+            self._remove([name for name in there if name not in keep and 0 <= _number(name) < end])
         planned = {path.split("/")[1] for path in self.plan_files}
         for name in storage.names(self._path("plan")):
-            if name not in planned and _number(name) <= self.number:
+            if name not in planned and 0 <= _number(name) <= self.number:
                 storage.remove_tree(self._path(f"plan/{name}"))
         for name in storage.names(self._path("manifests")):
-            if _number(name) < manifest.number - 1:
+            if 0 <= _number(name) < manifest.number - 1:
                 storage.remove(self._path(f"manifests/{name}"))
 
     def _numbers(self, folder: str) -> set[int]:
@@ -302,7 +314,8 @@ def begin(uri: str, stamp: Stamp, plan: Callable[[], Iterable[pa.Table]], *, sha
     """
     found = open_ledger(uri)
     if found is None:
-        strange = [name for name in storage.names(uri) if name not in ("plan", "plans", "config.yaml", "running.json")]
+        strange = [name for name in storage.names(uri) if name not in ("plan", "plans", "running.json")]
+        strange += [f"plan/{name}" for name in storage.names(storage.join(uri, "plan")) if _number(name) < 0]
         if strange:
             raise UserError(f"{uri}: this folder already holds {_some(strange)}; choose an empty or new output")
         first = {"first_unit": 0, "first_shard": 0, "shard_units": shard_units}
@@ -400,7 +413,7 @@ def _walk(path: str) -> Iterable[tuple[str, int]]:
 
 
 def _number(name: str) -> int:
-    """The number that a file's name begins with."""
+    """The number that a file's name begins with; -1 for a file of somebody else."""
     digits = name.rpartition("/")[2].partition("-")[0].removesuffix(".json")
     return int(digits) if digits.isdecimal() else -1
 

@@ -48,6 +48,10 @@ class Manifest:
     plan: int = 0
     """The last plan whose results are in here."""
 
+    def lost(self, table: str) -> int:
+        """Rejected rows."""
+        return sum(self.rejected.get(table, {}).values())
+
     def written(self, table: str) -> int:
         """Rows of a table that can be read."""
         return sum(file.rows for file in self.select(table)) - self.deleted.get(table, 0)
@@ -81,7 +85,8 @@ class Manifest:
 
 def latest(uri: str, folder: str) -> dict[str, Any] | None:
     """The highest numbered JSON file of a folder of `uri`."""
-    numbers = [name for name in storage.names(storage.join(uri, folder)) if name.endswith(".json")]
+    names = storage.names(storage.join(uri, folder))
+    numbers = [name for name in names if name.endswith(".json") and name.removesuffix(".json").isdecimal()]
     if not numbers:
         return None
     value = json.loads(storage.read_bytes(storage.join(uri, folder, max(numbers))))

@@ -28,7 +28,7 @@ from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
 from clipdist.retry import planned_row
 from clipdist.schema import ROW_GROUP_ROWS, Stamp, pairs_schema, recorded
-from clipdist.sources import Source, SourceConfig, estimate_rows, open_source
+from clipdist.sources import Source, SourceConfig, estimate_rows, open_source, refuse_inside
 
 READERS_PER_TASK = 8
 
@@ -130,6 +130,7 @@ def prepare_unit(row: dict[str, Any], ledger: Ledger, config: PrepareConfig) -> 
 
 
 def _open(config: PrepareConfig) -> tuple[Source, tuple[str, ...]]:
+    refuse_inside(config.source, config.output)
     source = open_source(config.source)
     templates = config.captions or default_captions(source)
     planning.check_columns(source, config.columns, templates)

@@ -40,7 +40,7 @@ class Removed:
 def read_ids(path: str) -> list[str]:
     """One id per line."""
     try:
-        lines = storage.read_bytes(storage.absolute(path)).decode("utf-8-sig").splitlines()
+        lines = storage.read_bytes(storage.absolute(path)).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path}: expected a text file (UTF-8) with one id per line") from None
     return [line.strip() for line in lines if line.strip()]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +30,13 @@ def connect() -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of a change to come
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        ray.init(address(), log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        place = address()
+        try:
+            with _own_signals():
+                ray.init(place, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        except ConnectionError as error:
+            hint = "is it a cluster that runs, and does it ask for a token (RAY_AUTH_MODE=token)?"
+            raise UserError(f"RAY_ADDRESS: {place}: cannot be joined ({error}); {hint}") from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -37,6 +45,15 @@ def connect() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
     _quiet_actors()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it starts, and aborts on it with its own stack."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
 
 
 NOISE = b"has constructor arguments in the object store and max_restarts > 0"

@@ -147,6 +147,15 @@ def open_source(config: SourceConfig) -> Source:
     return Source(config, kind, tuple(wanted), _columns(kind, wanted[0]), sizes, digest.hexdigest()[:16], captioned)
 
 
+def refuse_inside(config: SourceConfig, output: str) -> None:
+    """UserError when what is written to `output` would be read as part of the input by the next run."""
+    root, place = storage.absolute(config.path), storage.absolute(output)
+    if "*" in root:
+        root = root.partition("*")[0].rpartition("/")[0] if "**" in root else ""
+    if root and f"{place}/".startswith(f"{root.rstrip('/')}/"):
+        raise UserError(f"output: {output} lies in source.path, all of which is the input: choose a place outside")
+
+
 def estimate_rows(source: Source) -> tuple[int, bool]:
     """The number of rows, and whether it is exact: from listings, footers and samples, in seconds for any input."""
     if source.kind in ("folder", "class_folders"):

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import fsspec
@@ -27,6 +28,7 @@ Filesystem: TypeAlias = Any  # an fsspec.AbstractFileSystem; fsspec has no types
 Result = TypeVar("Result")
 
 S3 = ("s3", "s3a")
+WITHOUT_KEYS = ("NoCredentialsError", "PartialCredentialsError")
 CONFLICT_WAITS_SECONDS = (0.1, 0.5, 2.0)
 UNKNOWN_CONDITION_CODES = ("InvalidArgument", "InvalidRequest")
 """What some stores answer to If-None-Match instead of NotImplemented. Where it meant another thing, the plain PUT that
@@ -63,6 +65,11 @@ def _patiently(fs: Filesystem, path: str, work: Callable[[], Result]) -> Result:
         if len(error.args) == 1 and isinstance(error.args[0], str) and path not in error.args[0]:
             error.args = (f"{path}: {error.args[0]}",)
         raise
+    except Exception as error:
+        if type(error).__name__ not in WITHOUT_KEYS:
+            raise
+        keys = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role"
+        raise UserError(f"{path}: no credentials ({error}): {keys}") from None
 
 
 def is_local(path: str) -> bool:
@@ -158,6 +165,19 @@ def walk_files(path: str) -> Iterator[tuple[str, int]]:
                 yield (name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name), int(entry["size"] or 0))
         inside = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
         folders += sorted(inside, reverse=True)
+
+
+def check_writable(path: str) -> None:
+    """UserError when files cannot be written below a local path. A store says so itself when it is asked."""
+    if not is_local(path):
+        return
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{path}: cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written: no permission in {place}")
 
 
 def make_directory(path: str) -> None:

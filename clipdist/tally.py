@@ -6,8 +6,11 @@ from collections import Counter
 
 from clipdist.config import UserError
 from clipdist.ledger import Ledger
-from clipdist.manifest import read_manifest
 
+OTHER_INPUT = {
+    "pairs": "choose a new output for a changed table",
+    "embeddings": "mend the table and run with update=mirror",
+}
 HOPELESS_ROWS, HOPELESS_FRACTION = 200, 0.9
 """After this many rows a job stops when this share of them was rejected: a wrong folder, missing credentials."""
 
@@ -22,12 +25,9 @@ class Tally:
         self.reasons: dict[str, Counter[str]] = {}
         self.here: Counter[tuple[str, str]] = Counter()
         """(table, "planned" or "lost") of this run alone: what an earlier one met may be mended."""
-        self.bad_before = Counter[str]()
-        """Rows of an update that the table has as rejects: no wonder if these are lost again."""
-        if ledger.purpose == "update":
-            for sign, state in ((1, read_manifest(ledger.uri)), (-1, ledger.base)):
-                for table, reasons in state.rejected.items():
-                    self.bad_before[table] += sign * sum(reasons.values())
+        known = ledger.stamp.recorded.get("tried_again", {}) if ledger.purpose == "update" else {}
+        self.bad_before = Counter[str](known)
+        """Rows of an update that were rejected before: no wonder if these are lost again."""
         for record in ledger.records():
             self._add(record["planned"], record["rejected"])
 
@@ -58,6 +58,14 @@ class Tally:
             if certain and self._too_many(table, max(rows, int(self.ledger.unit_rows.sum()))):
                 raise UserError(self._failure(table, rows, sum(self.reasons[table].values())))
 
+    def mostly_lost(self) -> bool:
+        """Whether nearly all rows of this plan that were tried are rejects."""
+        return any(
+            sum(self.reasons.get(table, Counter()).values()) >= HOPELESS_FRACTION * rows
+            for table, rows in self.planned.items()
+            if rows
+        )
+
     def judge(self) -> None:
         """UserError when more than the limit was rejected in the end."""
         for table, rows in self.planned.items():
@@ -66,7 +74,7 @@ class Tally:
 
     def _too_many(self, table: str, rows: int) -> bool:
         base = self.ledger.base
-        lost = sum(self.reasons.get(table, Counter()).values()) + sum(base.rejected.get(table, {}).values())
+        lost = sum(self.reasons.get(table, Counter()).values()) + base.lost(table)
         return lost > self.limit * (rows + base.planned.get(table, 0))
 
     def _failure(self, table: str, rows: int, lost: int) -> str:
@@ -77,5 +85,5 @@ class Tally:
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons[table].most_common()]
         lines += ["  for example:"] + [f"    {example}" for example in self.ledger.reject_examples(3)]
         lines.append("  Mend the pictures and run the same command with retry_rejected=true (only these rows are tried")
-        lines.append("  again), or choose a new output for a changed table, or raise max_rejected_fraction.")
+        lines.append(f"  again), or {OTHER_INPUT[self.ledger.stamp.kind]}, or raise max_rejected_fraction.")
         return "\n".join(lines)

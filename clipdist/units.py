@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ import ray.data
 from clipdist import lease, runtime, storage
 from clipdist.attempts import ATTEMPTS, Watch, all_died, model_dies
 from clipdist.compare import Mode
-from clipdist.config import UserError
+from clipdist.config import Fault, UserError
 from clipdist.ledger import Join, Ledger, open_ledger
 from clipdist.manifest import Manifest
 from clipdist.progress import Progress
@@ -79,17 +80,18 @@ def make_table(
         _clean_up(uri)
         return manifest
     with lease.held(uri) as held:
-        there = open_ledger(uri)
+        there, given_up = open_ledger(uri), False
         if there is not None and there.finished() is None and is_outdated(there, stamp, update):
-            run_units(there, work, max_rejected_fraction, held)  # its plan holds all that its input had
-            _publish(there, max_rejected_fraction, held)
-        ledger = begin_or_update(uri, stamp, plan, update, shard_units=shard_units)
+            given_up = _is_given_up(there, work, max_rejected_fraction, held)
+        ledger = begin_or_update(uri, stamp, plan, update, shard_units=shard_units, given_up=given_up)
         runtime.save_config(uri, config)
-        manifest, retrying = ledger.finished(), ledger.purpose == "retry" and bool(ledger.missing())
+        manifest = ledger.finished()
+        # A retry that is under way is the one that is asked for, unless it holds what an earlier run rejected.
+        under_way = ledger.purpose == "retry" and bool(ledger.missing())
+        follows = retry_rejected and not (under_way and not ledger.has_rejects())
         if manifest is None:
-            follows = retry_rejected and not retrying
             run_units(ledger, work, max_rejected_fraction, held, retry_follows=follows)
-        if retry_rejected and not retrying:
+        if follows:
             again = retry_plan(ledger)
             if again is not None:
                 ledger, manifest = again, None
@@ -99,6 +101,26 @@ def make_table(
             ledger.sweep(manifest)
             return manifest
         return _publish(ledger, max_rejected_fraction, held)
+
+
+def _is_given_up(ledger: Ledger, work: Work, max_rejected_fraction: float, held: lease.Lease) -> bool:
+    """Does what an unpublished plan of an earlier input has left, so that its rows need not be done again; publishes
+    nothing. A plan of which nearly every row fails is given up."""
+    try:
+        if not Tally(ledger, max_rejected_fraction).mostly_lost():
+            run_units(ledger, work, max_rejected_fraction, held, retry_follows=True)
+        lost = Tally(ledger, max_rejected_fraction).mostly_lost()
+    except UserError as error:
+        if isinstance(error, Fault):
+            raise
+        lost = Tally(ledger, max_rejected_fraction).mostly_lost()
+        if not lost:
+            hint = "These rows are of the earlier input; max_rejected_fraction=1 passes over them."
+            raise UserError(f"{error}\n  {hint}") from None
+    if lost:
+        why = "the plan of the earlier input is given up, because nearly all its rows fail"
+        print(f"note: {ledger.uri}: {why}", file=sys.stderr)
+    return lost
 
 
 def _publish(ledger: Ledger, max_rejected_fraction: float, held: lease.Lease) -> Manifest:

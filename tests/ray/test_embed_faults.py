@@ -108,6 +108,19 @@ def test_an_encoder_and_a_worker_are_killed(cluster: Jobs, catalog: Path, refere
     assert rows <= ROWS + 4 * UNIT_ROWS
 
 
+def test_sigterm_is_as_ctrl_c(cluster: Jobs, catalog: Path, reference: Outcome) -> None:
+    output = cluster.home / "terminated"
+    watched, driver = Watched(output), cluster.start(catalog, output)
+    wait_for(lambda: watched.count("commits/") >= 2)
+    os.kill(driver.pid, signal.SIGTERM)
+    assert driver.wait(60) == 130
+    assert "interrupted. What is finished stays" in driver.said()
+    assert "***" not in driver.said(), "nobody's stack"
+    assert not (output / "running.json").exists()
+    cluster.run(catalog, output)
+    assert outcome(output) == reference
+
+
 def test_a_node_is_killed(cluster: Jobs, catalog: Path, reference: Outcome) -> None:
     output = cluster.home / "killed-node"
     cluster.faults(slow=1.5)  # so that the second node's processes are there before the first one's are done

@@ -71,6 +71,59 @@ def test_a_catalog_that_is_rewritten_after_a_run_died_is_brought_in(
         assert vectors(read_manifest(str(output), "embeddings")) == vectors(expected)
 
 
+def test_a_broken_version_of_a_catalog_locks_nothing(tmp_path: Path, tiny_clip: str) -> None:
+    """Neither as an update nor as the first run: the corrected one is brought in, and good rows are not done again."""
+    table = write_shapes(tmp_path / "raw", copies=1)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    model = str(tmp_path / "model")
+    models.load(ModelConfig(name=tiny_clip)).save(Path(model), final_path=model)
+    broken = [row | {"image": f"images/none-{row['id']}.png"} for row in rows]
+    for name in ("update", "first"):
+        output = tmp_path / name
+        if name == "update":
+            run(write_rows(table, rows[:24]), output, model)
+        write_rows(table, broken)
+        with pytest.raises(UserError, match="were rejected"):
+            run(table, output, model, update="mirror" if name == "update" else None)
+        write_rows(table, rows[2:30])
+        with pytest.raises(UserError, match="with update=... its rows are not done again"):
+            run(table, output, model)
+        found = run(table, output, model, update="mirror")
+        assert found.number == (2 if name == "update" else 1), "nothing was published on the way"
+        if name == "update":
+            book = open_ledger(str(output))
+            assert book is not None
+            assert int(book.unit_rows.sum()) == 6, "rows 2 to 24 were there"
+        assert vectors(found) == vectors(run(table, tmp_path / f"fresh-{name}", model))
+
+
+def test_a_second_retry_tries_again_what_the_first_one_rejected(tmp_path: Path, tiny_clip: str) -> None:
+    """The first stops early, with some units done; then all pictures are mended."""
+    table, output, model = write_shapes(tmp_path / "raw", copies=1), tmp_path / "embeddings", str(tmp_path / "model")
+    models.load(ModelConfig(name=tiny_clip)).save(Path(model), final_path=model)
+    pictures = tmp_path / "raw" / "images"
+    hidden = pictures.rename(tmp_path / "hidden")
+    run(table, output, model, max_rejected_fraction=1.0)
+    with pytest.raises(UserError, match="were rejected"):
+        run(table, output, model, retry_rejected=True)
+    hidden.rename(pictures)
+    found = run(table, output, model, retry_rejected=True)
+    assert (found.written("images"), found.rejected.get("images", {})) == (32, {})
+
+
+def test_a_retry_may_have_other_limits_and_a_rerun_no_other_precision(tmp_path: Path, tiny_clip: str) -> None:
+    table, output, model = write_shapes(tmp_path / "raw", copies=1), tmp_path / "embeddings", str(tmp_path / "model")
+    models.load(ModelConfig(name=tiny_clip)).save(Path(model), final_path=model)
+    rejected = run(table, output, model, max_pixels=1000, max_rejected_fraction=1.0)
+    assert rejected.rejected["images"] == {"too_many_pixels": 32}
+    assert rejected.stamp.identity["precision"] == "fp32"
+    with pytest.raises(UserError, match='precision: "fp32" there, "bf16" now'):
+        run(table, output, model, precision="bf16")
+    found = run(table, output, model, retry_rejected=True)
+    assert (found.written("images"), found.rejected.get("images", {})) == (32, {})
+
+
 def test_add_and_mirror_hold_what_a_new_run_holds(tmp_path: Path, tiny_clip: str) -> None:
     table = write_shapes(tmp_path / "raw", copies=1)
     with table.open(newline="") as file:

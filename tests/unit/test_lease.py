@@ -28,6 +28,11 @@ with lease.held(sys.argv[1]):
 """
 
 
+@pytest.fixture(autouse=True)
+def no_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.0)
+
+
 def start_holder(uri: str) -> subprocess.Popen[str]:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, uri], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -152,6 +157,21 @@ def test_what_another_run_took_over_is_neither_renewed_nor_removed(
         time.sleep(0.7)
         assert record(str(tmp_path))["nonce"] == "theirs"
     assert record(str(tmp_path))["nonce"] == "theirs"
+
+
+@pytest.mark.parametrize("age_seconds", [-3600, 3600])
+def test_a_run_whose_clock_is_another_is_alive_while_it_renews(
+    place: str, monkeypatch: pytest.MonkeyPatch, age_seconds: int
+) -> None:
+    write_record(place, host="another-host", pid=1, age_seconds=age_seconds)
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 1.0)
+    renewal = threading.Timer(0.3, lambda: write_record(place, host="another-host", pid=1, age_seconds=age_seconds))
+    renewal.start()
+    with pytest.raises(UserError, match="another run is at work"), lease.held(place):
+        pass
+    renewal.join()
+    with lease.held(place):  # it renews no more
+        assert record(place)["nonce"] != "theirs"
 
 
 @pytest.mark.parametrize(("settle_seconds", "holders"), [(0.4, 1), (0.0, 2)])

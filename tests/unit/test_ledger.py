@@ -116,10 +116,20 @@ def test_another_stamp_is_refused_with_both_values(tmp_path: Path) -> None:
     assert not any("rows" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "manifests/00000001.json", "commits/000000.json", "pairs/x.parquet"])
-def test_a_folder_of_something_else_is_refused(place: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("notes.txt", "notes.txt"),
+        ("config.yaml", "config.yaml"),
+        ("plan/notes.txt", "plan/notes.txt"),
+        ("manifests/00000001.json", "manifests"),
+        ("commits/000000.json", "commits"),
+        ("pairs/x.parquet", "pairs"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(place: str, name: str, told: str) -> None:
     storage.write_atomic(storage.join(place, name), b"{}")
-    with pytest.raises(UserError, match=f"already holds {name.split('/')[0]}; choose an empty or new output"):
+    with pytest.raises(UserError, match=f"already holds {told}; choose an empty or new output"):
         begin(place, STAMP, plan)
 
 

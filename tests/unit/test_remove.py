@@ -8,7 +8,7 @@ from clipdist import cli, info, lease, ledger, storage
 from clipdist.config import UserError
 from clipdist.ledger import Ledger
 from clipdist.manifest import read_manifest
-from clipdist.remove import remove
+from clipdist.remove import read_ids, remove
 from tests.unit.some_catalog import changed, embed, held, item, read, rejected
 
 ROWS = [item(str(number)) for number in range(8)]
@@ -87,3 +87,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["compact", uri]) == 0
     assert "files" in capsys.readouterr().out
     assert storage.names(storage.join(uri, "deletes"))
+
+
+def test_ids_are_lines_and_nothing_else_ends_one(tmp_path: Path) -> None:
+    ids = ["x\u2028y", "a\x0bb", "plain", "caf\u00e9\x85"]
+    (tmp_path / "ids.txt").write_bytes("\r\n".join(ids).encode() + b"\n\n")
+    assert read_ids(str(tmp_path / "ids.txt")) == [*ids[:3], "caf\u00e9"]
+
+
+def test_files_of_somebody_else_stay(place: str) -> None:
+    embed(place, ROWS)
+    foreign = [storage.join(place, name) for name in ("images/mine.txt", "plan/notes/a.txt", "manifests/mine.json")]
+    for path in foreign:
+        storage.write_atomic(path, b"mine")
+    remove(place, ["1"])
+    remove(place, ["2"])
+    assert [storage.read_bytes(path) for path in foreign] == [b"mine"] * 3
+    assert read(place) == held([ROWS[0], *ROWS[3:]])

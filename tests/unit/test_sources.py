@@ -13,7 +13,7 @@ import pytest
 
 from clipdist import sources, storage, tables
 from clipdist.config import UserError
-from clipdist.sources import Row, Source, SourceConfig, estimate_rows, open_source
+from clipdist.sources import Row, Source, SourceConfig, estimate_rows, open_source, refuse_inside
 
 
 def opened(path: Path | str, **settings: Any) -> Source:
@@ -545,3 +545,26 @@ def test_large_inputs_are_estimated_from_their_first_bytes(tmp_path: Path, monke
     assert sum(read) <= 80_000
     write(tmp_path / "long.jsonl", json.dumps({"image": "x" * 50_000}) + "\n")
     assert estimate_rows(opened(tmp_path / "long.jsonl")) == (5, False), "of one line no end was seen"
+
+
+@pytest.mark.parametrize(
+    ("path", "output", "inside"),
+    [
+        ("raw", "raw", True),
+        ("raw", "raw/emb", True),
+        ("raw/", "raw/a/emb", True),
+        ("raw", "raw2", False),
+        ("raw/t.csv", "raw/emb", False),
+        ("raw/*.parquet", "raw/emb", False),
+        ("raw/**/*.jpg", "raw/emb", True),
+        ("s3://bucket/raw", "s3://bucket/raw/emb", True),
+        ("s3://bucket/raw", "s3://bucket/emb", False),
+    ],
+)
+def test_an_output_inside_the_input_is_refused(path: str, output: str, inside: bool) -> None:
+    config = SourceConfig(path=path)
+    if inside:
+        with pytest.raises(UserError, match="lies in source.path"):
+            refuse_inside(config, output)
+    else:
+        refuse_inside(config, output)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError, NoCredentialsError  # type: ignore[import-untyped]
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 from s3fs.errors import translate_boto_error
 
 import clipdist
@@ -133,6 +133,17 @@ def test_a_fingerprint_changes_with_the_content(place: str) -> None:
         assert found == storage.fingerprint(path, whole, edge)
         assert found not in seen
         seen.add(found)
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.check_writable(str(tmp_path / "new" / "deep"))
+    (tmp_path / "file").write_text("x")
+    for path in ("file", "file/below"):
+        with pytest.raises(UserError, match="cannot be written: .*/file is a file"):
+            storage.check_writable(str(tmp_path / path))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root all may be written
+    with pytest.raises(UserError, match=f"/new: cannot be written: no permission in {tmp_path}"):
+        storage.check_writable(str(tmp_path / "new"))
 
 
 # --- killed in the middle --------------------------------------------------------------------------------------------
@@ -529,7 +540,7 @@ def test_without_credentials_nothing_is_tried_again(bucket: str, faulty: FaultyS
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, "/nowhere")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(NoCredentialsError):
+    with pytest.raises(UserError, match=f"{bucket}/a: no credentials .*set AWS_ACCESS_KEY_ID"):
         storage.read_bytes(f"{bucket}/a")
     assert faulty.requests.total() == 0
 
