@@ -30,6 +30,7 @@ from clipdist.images import Preprocess
 from clipdist.joining import join_shards
 from clipdist.ledger import Ledger, open_ledger
 from clipdist.loading import READERS, Times, load_rows, rejects_of, stack, texts_of
+from clipdist.making import make_table
 from clipdist.manifest import Manifest
 from clipdist.schema import Stamp, stored_dtype
 from clipdist.towers import Towers
@@ -78,7 +79,7 @@ def run(config: EmbedConfig) -> Manifest:
         precision = "bf16" if _gpus(config) else "fp32"
         opened = replace(opened, config=opened.config.model_copy(update={"precision": precision}))
     resolved, preprocess = opened.config, opened.model.preprocess
-    return units.make_table(
+    return make_table(
         resolved.output,
         opened.stamp(),
         lambda: planning.not_empty(opened.given.plan(), config.pairs or "catalog"),

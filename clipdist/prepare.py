@@ -23,6 +23,7 @@ from clipdist.captions import checked_templates, default_captions
 from clipdist.config import Section, dump
 from clipdist.images import BadImage
 from clipdist.ledger import Ledger
+from clipdist.making import make_table
 from clipdist.manifest import File, Manifest
 from clipdist.pictures import read_picture
 from clipdist.planning import ColumnsConfig, SplitConfig
@@ -80,7 +81,7 @@ def run(config: PrepareConfig) -> Manifest:
     def pipeline(todo: ray.data.Dataset, ledger: Ledger, _: Any) -> ray.data.Dataset:
         return todo.map(partial(prepare_unit, ledger=ledger, config=config), num_cpus=1)
 
-    return units.make_table(
+    return make_table(
         output,
         _stamp(config, source, templates),
         plan,

@@ -85,7 +85,7 @@ LEARN = [
     "starter",
     "searcher",
 ]
-RAY = ["runtime", "attempts", "units", "unit_tasks", "prepare", "embed", "workers", "train", "evaluate", "find"]
+RAY = ["runtime", "attempts", "units", "making", "unit_tasks", "prepare", "embed", "workers", "train", "evaluate", "find"]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 
@@ -183,7 +183,7 @@ def test_a_broken_rule_is_seen(name: str, source: str) -> None:
     assert faults(name, source)
 
 
-@pytest.mark.parametrize("module", ["unit_tasks", "units", "search", "compact", "update"])
+@pytest.mark.parametrize("module", ["unit_tasks", "units", "making", "search", "compact", "update"])
 def test_processes_that_do_without_torch_do_not_load_it(module: str) -> None:
     """Every worker process imports for itself: with torch and open_clip that takes seconds and half a GB."""
     code = f"import sys, clipdist.{module}; print({{'torch', 'open_clip', 'timm', 'matplotlib'}} & set(sys.modules))"
