@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,29 +31,18 @@ from clipdist.ledger import Ledger, open_ledger
 from clipdist.loading import READERS, Times, load_rows, rejects_of, stack, texts_of
 from clipdist.making import make_table
 from clipdist.manifest import Manifest
+from clipdist.rescue import rescue
 from clipdist.schema import Stamp, stored_dtype
 from clipdist.towers import Towers
-from clipdist.unit_tables import KILLS, from_bytes, to_bytes
 from clipdist.unit_tasks import load_unit, write_unit
 from clipdist.update import is_outdated
 from clipdist.upkeep import under_way
 
 UNITS_PER_ENCODER = 4
 ENCODERS_PER_NODE = 8
-DEATHS = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.WorkerCrashedError,
-    MemoryError,
-    torch.OutOfMemoryError,
-)
-"""What a row can do to the process that works on it."""
 SAMPLE_ROWS = 32
 INIT_DEATHS = 3
 """How often in a row each encoder may die while it loads its model. Ray would start it again for ever."""
-HOPELESS_DEATHS = 24
-"""When this many processes in a row died over the parts of a unit, and no row of the job is done, it is not the rows: a
-unit with a few rows that kill has parts that live long before."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,7 @@ def run(config: EmbedConfig) -> Manifest:
     opened = _open(config)
     if opened.config.precision is None:
         runtime.connect()
-        precision = "bf16" if _gpus(config) else "fp32"
+        precision = "bf16" if runtime.gpus_for(config.use_gpu, config.encoders) else "fp32"
         opened = replace(opened, config=opened.config.model_copy(update={"precision": precision}))
     resolved, preprocess = opened.config, opened.model.preprocess
     return make_table(
@@ -87,7 +75,7 @@ def run(config: EmbedConfig) -> Manifest:
             "embed",
             partial(_pipeline, config=resolved, preprocess=preprocess),
             join_shards,
-            partial(_rescue, config=resolved, preprocess=preprocess),
+            partial(rescue, config=resolved, preprocess=preprocess),
         ),
         max_rejected_fraction=config.max_rejected_fraction,
         retry_rejected=config.retry_rejected,
@@ -223,7 +211,7 @@ def _pipeline(
     todo: ray.data.Dataset, ledger: Ledger, watch: Any, config: EmbedConfig, preprocess: Preprocess
 ) -> ray.data.Dataset:
     """On GPUs an actor owns one; on CPUs actors ask for half of their cores, so that loading finds a slot."""
-    cpus, gpus = runtime.cpus(), _gpus(config)
+    cpus, gpus = runtime.cpus(), runtime.gpus_for(config.use_gpu, config.encoders)
     few = max(1, len(ledger.units) // UNITS_PER_ENCODER)  # each actor loads the model: not worth it for a small input
     node = runtime.node_cpus()
     encoders = config.encoders or (gpus if gpus else min(few, cpus // max(1, node // ENCODERS_PER_NODE)))
@@ -256,64 +244,3 @@ def _pipeline(
         num_gpus=1 if gpus else 0,
     )
     return encoded.map(write, num_cpus=0.3)
-
-
-def _gpus(config: EmbedConfig) -> int:
-    """GPUs to encode on. A cluster that grows may have none yet."""
-    if config.use_gpu is None:
-        return runtime.gpus()
-    return max(runtime.gpus(), config.encoders or 1) if config.use_gpu else 0
-
-
-class _Rescuer:
-    """A process that may die: it loads and encodes some rows of a unit."""
-
-    def __init__(self, config: EmbedConfig, preprocess: Preprocess, device: str, threads: int) -> None:
-        self.reading = config.reading(preprocess)
-        self.encoder = Encoder(config, device=device, threads=threads)
-
-    def attempt(self, plan: bytes) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
-        rows = from_bytes(plan).to_pylist()
-        loaded = load_rows(rows, self.reading, Times())
-        pixels = stack(loaded, self.reading.preprocess.size)
-        return self.encoder.images(pixels), self.encoder.texts(texts_of(rows, self.reading)), rejects_of(loaded)
-
-
-def _rescue(ledger: Ledger, unit: int, config: EmbedConfig, preprocess: Preprocess) -> dict[str, Any]:
-    """Commits a unit that killed its process: its rows are tried in halves, at last each alone."""
-    plan, gpus = ledger.rows(unit), _gpus(config)
-    options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
-    actors: list[Any] = []
-    dead = [0]
-    pictures: list[np.ndarray] = []
-    told: list[np.ndarray] = []
-    rejects: dict[str, list[str]] = {}
-
-    def attempt(part: Sequence[int]) -> Any:
-        if not actors:
-            how = (config, preprocess, "cuda" if gpus else "cpu", runtime.node_cpus())
-            actors.append(ray.remote(_Rescuer).options(**options).remote(*how))
-        try:
-            return ray.get(actors[0].attempt.remote(to_bytes(plan.slice(part[0], len(part)))))
-        except DEATHS:
-            ray.kill(actors.pop())
-            dead[0] += 1
-            if dead[0] >= HOPELESS_DEATHS and not pictures and not ledger.records():
-                raise attempts.all_died(
-                    ledger, f"that tried rows of unit {unit} all died, {dead[0]} in a row"
-                ) from None
-            return None
-
-    for part, found in attempts.halved(range(len(plan)), attempt):
-        if found is None:
-            rejects[str(part[0])] = KILLS
-            continue
-        pictures.append(found[0])
-        told.append(found[1])
-        rejects |= {str(part[int(index)]): reason for index, reason in found[2].items()}
-    for actor in actors:
-        ray.kill(actor)
-    none = np.zeros((0, int(ledger.stamp.identity["dim"])), config.dtype)
-    row = {"unit": unit, "plan": to_bytes(plan), "rejects": json.dumps(rejects)}
-    row |= {"images": np.concatenate([none, *pictures]), "texts": np.concatenate([none, *told])}
-    return write_unit(row | {"facts": json.dumps({"rows": len(plan)})}, ledger, config.towers, config.dtype, 1.0)

@@ -136,6 +136,13 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def gpus_for(use_gpu: bool | None, processes: int | None) -> int:
+    """GPUs to work on: none when they are not wanted; when they are, also those that a growing cluster has not yet."""
+    if use_gpu is None:
+        return gpus()
+    return max(gpus(), processes or 1) if use_gpu else 0
+
+
 @dataclass(frozen=True)
 class Scale:
     """Training workers and what each of them gets."""

@@ -85,7 +85,20 @@ LEARN = [
     "starter",
     "searcher",
 ]
-RAY = ["runtime", "attempts", "units", "making", "unit_tasks", "prepare", "embed", "workers", "train", "evaluate", "find"]
+RAY = [
+    "runtime",
+    "attempts",
+    "units",
+    "making",
+    "unit_tasks",
+    "prepare",
+    "rescue",
+    "embed",
+    "workers",
+    "train",
+    "evaluate",
+    "find",
+]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 
