@@ -29,7 +29,9 @@ def begin_or_update(
     there = open_ledger(uri)
     if there is None or not is_outdated(there, stamp, mode):
         return begin(uri, stamp, plan, shard_units=shard_units)
-    state = there.published() if given_up or there.left() else there.state()
+    state = there.finished()
+    if state is None:
+        state = there.published() if given_up or there.left() else there.state()
     if state is None:
         return there.extend(stamp, plan(), Manifest(uri, stamp), purpose="make")
     return _update_plan(there, state, stamp, plan, mode or "add")

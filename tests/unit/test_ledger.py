@@ -134,7 +134,7 @@ def test_a_folder_of_something_else_is_refused(place: str, name: str, told: str)
 
 
 def test_what_a_killed_start_leaves_is_no_hindrance(tmp_path: Path) -> None:
-    for name in ("config.yaml", "plan/0123/000000.arrows", "plan/.0.arrows.0123.tmp"):
+    for name in ("plan/0123/000000.arrows", "plan/.0.arrows.0123.tmp"):
         storage.write_atomic(str(tmp_path / name), b"half")
     assert ids_of(run_job(str(tmp_path))) == (ALL_WRITTEN, ALL_REJECTED)
 

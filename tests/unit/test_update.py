@@ -80,7 +80,11 @@ def test_new_rows_are_in_full_units_and_old_files_stay(place: str) -> None:
     book = open_ledger(place)
     assert book is not None
     assert book.unit_rows.tolist() == [3, 3]
-    assert (book.number, book.purpose, book.stamp.recorded) == (2, "update", {"update": "add"})
+    assert (book.number, book.purpose, book.stamp.recorded) == (
+        2,
+        "update",
+        {"update": "add", "tried_again": {"images": 0, "texts": 0}},
+    )
     assert set(first.files) < set(after.files)
     assert read(place) == held([*FIRST[:3], *now])
     embed(place, [*now, *FIRST], "mirror")
@@ -163,7 +167,7 @@ def test_an_unfinished_output_is_finished_first(tmp_path: Path) -> None:
     uri = str(tmp_path)
     open_embeddings(uri, FIRST, None, TWO)
     with pytest.raises(
-        UserError, match=r"the first run is under way: 0 of 3 units: with update=... it is finished first"
+        UserError, match=r"the first run is under way: 0 of 3 units: and with update=... its rows are not done again"
     ):
         embed(uri, FIRST[1:], None)
     embed(uri, FIRST)
