@@ -64,7 +64,7 @@ def test_a_catalog_that_is_rewritten_after_a_run_died_is_brought_in(
             with pytest.raises(RuntimeError, match="the machine is gone"):
                 run(table, output, model, update=update)
         write_rows(table, rows[2 * number + 1 : 30])
-        with pytest.raises(UserError, match="under way.*it is finished first"):
+        with pytest.raises(UserError, match="under way.*its rows are not done again"):
             run(table, output, model)
         run(table, output, model, update="mirror")
         expected = run(table, tmp_path / f"fresh{number}", model)

@@ -167,7 +167,7 @@ def test_an_unfinished_output_is_finished_first(tmp_path: Path) -> None:
     uri = str(tmp_path)
     open_embeddings(uri, FIRST, None, TWO)
     with pytest.raises(
-        UserError, match=r"the first run is under way: 0 of 3 units: and with update=... its rows are not done again"
+        UserError, match=r"the first run is under way: 0 of 3 units, and with update=... its rows are not done again"
     ):
         embed(uri, FIRST[1:], None)
     embed(uri, FIRST)
