@@ -171,13 +171,14 @@ def jobs(home: Path, s3: str) -> Iterator[Jobs]:
             "EMBED_FAULTS": str(home / "faults.json"),
             "PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT), before.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "RAY_worker_niceness": "0",
+            # Ray reads it when it is imported: for the process that jobs are forked from that may have been before
+            # this cluster, or another one that asks for a token, was there.
+            "RAY_AUTH_MODE": "disabled",
         }
         with _environment(ours):
             cluster = _start_cluster()
         try:
-            # a job asks for a token when the cluster does, whenever the process that jobs are forked from began
-            mode = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "")}
-            yield Jobs(home, store, cluster, ours | mode | {"RAY_ADDRESS": cluster.address})
+            yield Jobs(home, store, cluster, ours | {"RAY_ADDRESS": cluster.address})
         finally:
             cluster.shutdown()
 
