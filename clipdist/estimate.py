@@ -45,7 +45,7 @@ def estimate(given: Input, dim: int, sample: Sample) -> list[tuple[str, str]]:
     asked = requests(config, rows)
     facts = [("rows", f"{rows:,}" if exact else f"about {rows:,}")]
     facts += [("vectors", ", ".join(f"{vectors[tower]:,} {tower}" for tower in config.towers))]
-    facts += [("output", f"about {file_size(stored)} in {files:,} files, {units:,} units of work")]
+    facts += [("files", f"{files:,}, about {file_size(stored)}, from {units:,} units of work")]
     facts += [("requests", f"about {asked['writes']:,} writes and {asked['reads']:,} reads of the output")]
     if rows * ID_BYTES > SPILL_BYTES and config.catalog is not None:
         place = f"in {tempfile.gettempdir()} while the input is planned (TMPDIR moves it)"
