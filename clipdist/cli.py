@@ -194,6 +194,7 @@ def _job_epilog(name: str) -> str:
         return (
             'examples:\n  clipdist search runs/embeddings --text "red summer dress"\n'
             "  clipdist search runs/embeddings --image shoe.jpg --for texts\n"
+            "  clipdist search runs/embeddings --text dress --where \"colour = 'red' and price < 50\" --min-score 0.2\n"
             '  clipdist search runs/embeddings --text "pink backpack" --top 20 --html hits.html\n'
             "  clipdist search jobs/search.yaml top=5\n"
         )
@@ -217,6 +218,8 @@ def _job_arguments(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("--image", action="append", default=[], help="a query picture: a path or an http(s) URL")
         command.add_argument("--for", dest="find", choices=("images", "texts"), help="what to find (images)")
         command.add_argument("--top", type=int, help="hits per query (10)")
+        command.add_argument("--where", metavar="CONDITION", help="only rows that fit, such as \"colour = 'red'\"")
+        command.add_argument("--min-score", type=float, help="no hits with a lower score")
         command.add_argument("--model", help="the model, when it is no longer where the embeddings' stamp says")
         command.add_argument("--format", choices=("table", "json"), help="how hits are printed (table)")
         command.add_argument("--html", metavar="FILE", help="also write a gallery with pictures")
@@ -277,6 +280,8 @@ def _run_search(options: argparse.Namespace) -> int:
     flags = {
         "find": options.find,
         "top": options.top,
+        "where": options.where,
+        "min_score": options.min_score,
         "format": options.format,
         "html": options.html,
         "model": options.model,

@@ -31,6 +31,10 @@ class SearchConfig(Section):
     """What picture queries find: images like them, or texts that fit them. Texts find images."""
     top: int = Field(10, ge=1)
     """Hits per query."""
+    where: str | None = None
+    """Only rows that fit: a condition over the columns, such as "colour = 'red' and price < 50"."""
+    min_score: float | None = None
+    """No hits with a lower score."""
     model: str | None = None
     """Where the model lies, when it is no longer where the embeddings' stamp says."""
     format: Literal["table", "json"] = "table"
@@ -52,14 +56,18 @@ def run(config: SearchConfig) -> None:
     searcher = Searcher(config.embeddings, config.model, allow_private_hosts=config.allow_private_hosts)
     answers: list[tuple[str, Sequence[Hit]]] = []
     for text in config.texts:
-        answers.append((text, searcher.find_image_from_text(text, config.top)))
+        answers.append((text, _good(config, searcher.find_image_from_text(text, config.top, config.where))))
     for name, picture in pictures.items():
         find = searcher.find_image_from_image if config.find == "images" else searcher.find_text_from_image
-        answers.append((name, find(picture, config.top)))
+        answers.append((name, _good(config, find(picture, config.top, config.where))))
     for query, hits in answers:
         _print(config, query, hits)
     if config.html is not None:
         _write_gallery(config, answers, pictures)
+
+
+def _good(config: SearchConfig, hits: Sequence[Hit]) -> Sequence[Hit]:
+    return hits if config.min_score is None else [hit for hit in hits if hit.score >= config.min_score]
 
 
 def dry_run(config: SearchConfig) -> list[tuple[str, str]]:
@@ -86,6 +94,9 @@ def _print(config: SearchConfig, query: str, hits: Sequence[Hit]) -> None:
         print(json.dumps({"query": query, "hits": found}, ensure_ascii=False, default=str))
         return
     rows = [[rank, f"{hit.score:.4f}", hit.id, hit.description or ""] for rank, hit in enumerate(hits, 1)]
+    if not rows:
+        print(f"{query}\nno hits{f' with a score of at least {config.min_score}' if config.min_score else ''}\n")
+        return
     print(f"{query}\n{table(['rank', 'score', 'id', 'description'], rows, max_width=118)}\n")
 
 

@@ -291,6 +291,7 @@ class Ledger:
         for name in storage.names(self._path("manifests")):
             if 0 <= _number(name) < manifest.number - 1:
                 storage.remove(self._path(f"manifests/{name}"))
+        storage.remove_temporaries(self.uri)
 
     def _numbers(self, folder: str) -> set[int]:
         return {_number(name) for name in storage.names(self._path(folder)) if name.endswith(".json")}

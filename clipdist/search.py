@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from clipdist import storage
@@ -14,7 +15,10 @@ from clipdist.config import UserError
 from clipdist.manifest import read_manifest
 from clipdist.schema import Stamp
 from clipdist.shards import Shards, row_of_id
-from clipdist.topk import top_k
+from clipdist.topk import Keep, top_k
+from clipdist.where import Expression, Filter, parse
+
+Where: TypeAlias = str | Expression
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,17 @@ class Index:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def search(self, queries: ArrayLike, k: int = 10) -> Hits:
+    def search(self, queries: ArrayLike, k: int = 10, where: Where | None = None) -> Hits:
         """The top-k rows by dot product for queries [q, dim] or [dim], exact, ties by id. Rows that can never be
-        returned (NaN) and k above the number of rows give fewer hits."""
+        returned (NaN) and k above the number of rows give fewer hits.
+
+        `where`: only rows that fit, such as "colour = 'red' and price < 50" (`clipdist.where`), or an Arrow expression;
+        exact among them. UserError for one that cannot be read."""
         matrix = np.atleast_2d(np.asarray(queries))
         if matrix.dtype not in (np.float32, np.float64):
             matrix = matrix.astype(np.float32)
-        found = top_k(self.shards.blocks(), matrix, k, self._ids)
+        keep = None if where is None else self._keep(where)
+        found = top_k(self.shards.blocks(), matrix, k, self._ids, keep=keep)
         ids = [self._ids(rows) for rows in found.rows]
         return Hits(ids, found.scores, found.rows)
 
@@ -75,6 +83,18 @@ class Index:
             if first <= row < first + len(block):
                 return np.asarray(block[row - first], np.float32)
         raise KeyError(row_id)
+
+    def _keep(self, where: Where) -> Keep:
+        """Which rows fit, as `top_k` asks for them."""
+        schema = self.shards.schema()
+        condition = parse(where, schema) if isinstance(where, str) else Filter(where, tuple(schema.names))
+        masks = [np.zeros(0, bool)]
+        try:
+            masks += [condition.mask(found) for _, _, found in self.shards.by_file(condition.columns)]
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:  # of somebody's own expression
+            raise UserError(f"where: {error}") from None
+        mask = np.concatenate(masks)
+        return lambda first, stop: mask[first:stop]
 
     def _ids(self, rows: NDArray[np.int64]) -> Sequence[str]:
         ids: list[str] = self.shards.take(np.asarray(rows), ["id"]).column("id").to_pylist()

@@ -19,7 +19,7 @@ from clipdist.images import BadImage
 from clipdist.manifest import read_manifest
 from clipdist.models import ModelConfig
 from clipdist.pictures import read_picture
-from clipdist.search import Index
+from clipdist.search import Index, Where
 from clipdist.towers import Towers
 
 Picture = str | Path | Image.Image
@@ -87,17 +87,17 @@ class Searcher:
     def texts(self) -> Index:
         return Index.open(self.uri, "texts")
 
-    def find_image_from_text(self, text: str, k: int = 10) -> list[Hit]:
-        """The k pictures nearest to a text."""
-        return _hits(self.images, self.embed_text(text), k)
+    def find_image_from_text(self, text: str, k: int = 10, where: Where | None = None) -> list[Hit]:
+        """The k pictures nearest to a text; with `where`, of those rows that fit (see `Index.search`)."""
+        return _hits(self.images, self.embed_text(text), k, where)
 
-    def find_text_from_image(self, picture: Picture, k: int = 10) -> list[Hit]:
+    def find_text_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> list[Hit]:
         """The k captions nearest to a picture: a path, an http(s) URL, or a PIL image."""
-        return _hits(self.texts, self.embed_image(picture), k)
+        return _hits(self.texts, self.embed_image(picture), k, where)
 
-    def find_image_from_image(self, picture: Picture, k: int = 10) -> list[Hit]:
+    def find_image_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> list[Hit]:
         """The k pictures nearest to a picture; a catalog picture finds itself first."""
-        return _hits(self.images, self.embed_image(picture), k)
+        return _hits(self.images, self.embed_image(picture), k, where)
 
     def embed_text(self, text: str) -> NDArray[np.float32]:
         """L2-normalised float32 [dim]. UserError when the text is empty."""
@@ -130,10 +130,10 @@ def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Imag
         raise UserError(f"{name}: {error.reason}: {error}") from None
 
 
-def _hits(index: Index, query: NDArray[np.float32], k: int) -> list[Hit]:
+def _hits(index: Index, query: NDArray[np.float32], k: int, where: Where | None) -> list[Hit]:
     if k < 1:
         raise UserError(f"k: expected at least 1, got {k}")
-    found = index.search(query, k)
+    found = index.search(query, k, where)
     return [_hit(row, score) for row, score in zip(index.describe(found.rows[0]), found.scores[0], strict=True)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ Filesystem: TypeAlias = Any  # an fsspec.AbstractFileSystem; fsspec has no types
 Result = TypeVar("Result")
 
 S3 = ("s3", "s3a")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 WITHOUT_KEYS = ("NoCredentialsError", "PartialCredentialsError")
 CONFLICT_WAITS_SECONDS = (0.1, 0.5, 2.0)
 UNKNOWN_CONDITION_CODES = ("InvalidArgument", "InvalidRequest")
@@ -351,6 +353,14 @@ def fingerprint(path: str, whole_bytes: int = 16 << 20, edge_bytes: int = 1 << 2
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def remove_temporaries(path: str) -> None:
+    """Removes what killed writers left in the folders of a local folder. Whoever writes there now starts anew."""
+    if is_local(path):
+        for file in Path(path).glob("*/**/.*.tmp"):
+            if TEMPORARY.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
 
 def _write_temporary(inner: str, data: bytes) -> str:

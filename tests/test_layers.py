@@ -36,6 +36,7 @@ LIGHT = [
     "update",
     "remove",
     "compact",
+    "where",
     "search",
     "throughput",
     "plots",

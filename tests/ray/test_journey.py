@@ -145,6 +145,8 @@ def test_searching_finds_what_is_asked_for(home: Path) -> None:
         or searcher.find_image_from_image(picture, 1)[0].score > 0.999
     )
     assert "green" in (searcher.find_text_from_image(str(picture), 1)[0].description or "")
+    red = searcher.find_image_from_text("a green square", 5, where="colour = 'red' and shape in ('square', 'cross')")
+    assert [hit.columns["colour"] for hit in red] == ["red"] * 5
 
 
 def test_evaluation_counts_equal_captions_as_right(home: Path) -> None:

@@ -101,6 +101,9 @@ def test_files_of_somebody_else_stay(place: str) -> None:
     for path in foreign:
         storage.write_atomic(path, b"mine")
     remove(place, ["1"])
+    left = storage.join(place, f"pieces/.000001-x.parquet.{'0' * 32}.tmp")  # of a killed writer
+    storage.write_atomic(left, b"half")
     remove(place, ["2"])
+    assert storage.exists(left) == (not storage.is_local(place)), "a store has no such files"
     assert [storage.read_bytes(path) for path in foreign] == [b"mine"] * 3
     assert read(place) == held([ROWS[0], *ROWS[3:]])
