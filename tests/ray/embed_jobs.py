@@ -148,8 +148,11 @@ def _job(words: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    from ray._raylet import Config
+
     from clipdist.cli import main
 
+    Config.initialize("")  # Ray read the environment when it was imported, which was before the fork
     sys.exit(main(words))
 
 
@@ -171,9 +174,7 @@ def jobs(home: Path, s3: str) -> Iterator[Jobs]:
             "EMBED_FAULTS": str(home / "faults.json"),
             "PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT), before.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "RAY_worker_niceness": "0",
-            # Ray reads it when it is imported: for the process that jobs are forked from that may have been before
-            # this cluster, or another one that asks for a token, was there.
-            "RAY_AUTH_MODE": "disabled",
+            "RAY_AUTH_MODE": "disabled",  # another Ray of the test session may ask for a token, in the environment
         }
         with _environment(ours):
             cluster = _start_cluster()
