@@ -95,7 +95,8 @@ def _print(config: SearchConfig, query: str, hits: Sequence[Hit]) -> None:
         return
     rows = [[rank, f"{hit.score:.4f}", hit.id, hit.description or ""] for rank, hit in enumerate(hits, 1)]
     if not rows:
-        print(f"{query}\nno hits{f' with a score of at least {config.min_score}' if config.min_score else ''}\n")
+        least = "" if config.min_score is None else f" with a score of at least {config.min_score}"
+        print(f"{query}\nno hits{least}\n")
         return
     print(f"{query}\n{table(['rank', 'score', 'id', 'description'], rows, max_width=118)}\n")
 

@@ -278,18 +278,18 @@ class Ledger:
             keep |= Manifest.from_json(self.uri, json.loads(storage.read_bytes(before))).names()
         for folder in ("pieces", "commits"):
             old = [f"{folder}/{name}" for name in storage.names(self._path(folder))]
-            ours = [name for name in old if 0 <= _number(name) < self.units.stop]
+            ours = [name for name in old if _is_below(name, self.units.stop)]
             self._remove(ours if self.shard_units else [])
         ends = dict.fromkeys([*manifest.planned, "rejects"], self.next_number()) | {"deletes": self.number + 1}
         for folder, end in ends.items():
             there = [path.removeprefix(f"{self.uri}/") for path, _ in _walk(self._path(folder))]
-            self._remove([name for name in there if name not in keep and 0 <= _number(name) < end])
+            self._remove([name for name in there if name not in keep and _is_below(name, end)])
         planned = {path.split("/")[1] for path in self.plan_files}
         for name in storage.names(self._path("plan")):
-            if name not in planned and 0 <= _number(name) <= self.number:
+            if name not in planned and _is_below(name, self.number + 1):
                 storage.remove_tree(self._path(f"plan/{name}"))
         for name in storage.names(self._path("manifests")):
-            if 0 <= _number(name) < manifest.number - 1:
+            if _is_below(name, manifest.number - 1):
                 storage.remove(self._path(f"manifests/{name}"))
         storage.remove_temporaries(self.uri)
 
@@ -417,6 +417,11 @@ def _number(name: str) -> int:
     """The number that a file's name begins with; -1 for a file of somebody else."""
     digits = name.rpartition("/")[2].partition("-")[0].removesuffix(".json")
     return int(digits) if digits.isdecimal() else -1
+
+
+def _is_below(name: str, end: int) -> bool:
+    """Whether a file is one of ours with a number below `end`."""
+    return 0 <= _number(name) < end
 
 
 def _some(values: list[str]) -> str:

@@ -123,7 +123,7 @@ class Jobs:
             "shard_rows": SHARD_ROWS,
             "encoders": 1,
         }
-        environment = self.environment | settings.pop("environment", {})
+        environment = dict(os.environ) | self.environment | settings.pop("environment", {})
         words = [f"{name}={json.dumps(value)}" for name, value in (values | settings).items()]
         self.count += 1
         log = self.home / f"job-{self.count:03d}.log"
@@ -141,9 +141,8 @@ class Jobs:
 
 
 def _job(words: list[str], environment: dict[str, str], log: str) -> None:
-    os.environ.update(environment)
-    for name in [name for name, value in environment.items() if value == ""]:
-        del os.environ[name]
+    os.environ.clear()  # of the server that forked this: another test may have started it long before
+    os.environ.update({name: value for name, value in environment.items() if value != ""})
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
