@@ -12,8 +12,9 @@ from pydantic import Field
 from clipdist.config import Section, UserError
 from clipdist.gallery import Section as GallerySection
 from clipdist.gallery import Tile, gallery
+from clipdist.hits import Hit
 from clipdist.report import table
-from clipdist.searcher import Hit, Searcher, open_picture
+from clipdist.searcher import Searcher, open_picture
 
 Find = Literal["images", "texts"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps
 
 from clipdist import images, models, storage
 from clipdist.config import UserError, differences
+from clipdist.hits import Hit, Hits
 from clipdist.images import BadImage
 from clipdist.manifest import read_manifest
 from clipdist.models import ModelConfig
@@ -23,27 +23,6 @@ from clipdist.search import Index, Where
 from clipdist.towers import Towers
 
 Picture = str | Path | Image.Image
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One found row. `score` is the cosine similarity; `columns` holds the passthrough columns."""
-
-    id: str
-    description: str | None
-    score: float
-    image_uri: str | None
-    columns: dict[str, Any] = field(default_factory=dict)
-
-    def picture(self) -> Image.Image:
-        """The picture, decoded. Raises BadImage when it is gone from where the catalog had it."""
-        return images.decode(read_picture(self.image_uri))
-
-    def picture_or_none(self) -> Image.Image | None:
-        try:
-            return self.picture()
-        except BadImage:
-            return None
 
 
 class Searcher:
@@ -87,17 +66,17 @@ class Searcher:
     def texts(self) -> Index:
         return Index.open(self.uri, "texts")
 
-    def find_image_from_text(self, text: str, k: int = 10, where: Where | None = None) -> list[Hit]:
+    def find_image_from_text(self, text: str, k: int = 10, where: Where | None = None) -> Hits:
         """The k pictures nearest to a text; with `where`, of those rows that fit (see `Index.search`)."""
-        return _hits(self.images, self.embed_text(text), k, where)
+        return _hits(self.images, text, self.embed_text(text), k, where)
 
-    def find_text_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> list[Hit]:
+    def find_text_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> Hits:
         """The k captions nearest to a picture: a path, an http(s) URL, or a PIL image."""
-        return _hits(self.texts, self.embed_image(picture), k, where)
+        return _hits(self.texts, _name(picture), self.embed_image(picture), k, where)
 
-    def find_image_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> list[Hit]:
+    def find_image_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> Hits:
         """The k pictures nearest to a picture; a catalog picture finds itself first."""
-        return _hits(self.images, self.embed_image(picture), k, where)
+        return _hits(self.images, _name(picture), self.embed_image(picture), k, where)
 
     def embed_text(self, text: str) -> NDArray[np.float32]:
         """L2-normalised float32 [dim]. UserError when the text is empty."""
@@ -130,11 +109,16 @@ def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Imag
         raise UserError(f"{name}: {error.reason}: {error}") from None
 
 
-def _hits(index: Index, query: NDArray[np.float32], k: int, where: Where | None) -> list[Hit]:
+def _name(picture: Picture) -> str:
+    return "picture" if isinstance(picture, Image.Image) else str(picture)
+
+
+def _hits(index: Index, name: str, query: NDArray[np.float32], k: int, where: Where | None) -> Hits:
     if k < 1:
         raise UserError(f"k: expected at least 1, got {k}")
     found = index.search(query, k, where)
-    return [_hit(row, score) for row, score in zip(index.describe(found.rows[0]), found.scores[0], strict=True)]
+    described = zip(index.describe(found.rows[0]), found.scores[0], strict=True)
+    return Hits(name, tuple(_hit(row, score) for row, score in described))
 
 
 def _hit(row: dict[str, Any], score: float) -> Hit:

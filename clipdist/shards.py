@@ -140,6 +140,22 @@ class Shards:
                 yield first, np.delete(np.asarray(block), inside, axis=0) if len(inside) else block
                 first += rows - len(inside)
 
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of the given row numbers (int64 [n]), in that order: [n, dim]."""
+        found = np.empty((len(rows), self.dim), self.dtype)
+        ends = np.cumsum([self._live(file) for file in self._files])
+        which = np.searchsorted(ends, rows, side="right")
+        for index in np.unique(which):
+            file, wanted = self._files[index], np.flatnonzero(which == index)
+            inside = self.live_rows(file)[rows[wanted] - (ends[index] - self._live(file))]
+            starts = np.cumsum([0, *file.row_groups])
+            groups = np.searchsorted(starts, inside, side="right") - 1
+            for group in np.unique(groups):
+                here = groups == group
+                matrix = self._matrix(file, file.row_groups[group], file.offsets[group])
+                found[wanted[here]] = matrix[inside[here] - starts[group]]
+        return found
+
     def matrix(self) -> np.ndarray:
         """All vectors, [rows, dim], in memory."""
         blocks = [block for _, block in self.blocks()]

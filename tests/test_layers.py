@@ -84,6 +84,7 @@ LEARN = [
     "loop",
     "history",
     "starter",
+    "hits",
     "searcher",
 ]
 RAY = [
