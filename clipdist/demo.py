@@ -26,11 +26,12 @@ from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.evaluate import EvaluateConfig
 from clipdist.gallery import Section, Tile, gallery
+from clipdist.hits import Hit
 from clipdist.plots import curves
 from clipdist.prepare import PrepareConfig
 from clipdist.recipe import TrainConfig
 from clipdist.report import duration, percent, table
-from clipdist.searcher import Hit, Searcher
+from clipdist.searcher import Searcher
 
 PIXELS, IMAGE_SIZE = 160, 128
 SEARCHES = ("a red fruit", "a smiling cat", "something to drink", "musical instrument", "dessert")
