@@ -105,6 +105,23 @@ def _matrix_offset(group: pq.RowGroupMetaData, length: int) -> int:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """One row group of a shard. `first` is the row number of its first live row; `deleted` holds the places of its
+    deleted rows, ascending."""
+
+    file: File
+    index: int
+    rows: int
+    offset: int
+    first: int
+    deleted: NDArray[np.int64]
+
+    @property
+    def live(self) -> int:
+        return self.rows - len(self.deleted)
+
+
+@dataclass(frozen=True)
 class Shards:
     """All shards of one table, in manifest order. Row numbers run through their rows, without the deleted ones."""
 
@@ -128,32 +145,44 @@ class Shards:
 
         A row group with deleted rows is a copy, made anew each time: all copies kept could fill the memory.
         """
-        first = 0
+        for group in self.row_groups:
+            if group.live:
+                block = self.matrix_of(group)
+                yield group.first, np.delete(np.asarray(block), group.deleted, axis=0) if len(group.deleted) else block
+
+    @cached_property
+    def row_groups(self) -> list[RowGroup]:
+        """Every row group, in order."""
+        found, first = [], 0
         for file in self._files:
             deleted, start = self._deleted_in(file), 0
-            for rows, offset in zip(file.row_groups, file.offsets, strict=True):
+            for index, (rows, offset) in enumerate(zip(file.row_groups, file.offsets, strict=True)):
                 inside = deleted[np.searchsorted(deleted, start) : np.searchsorted(deleted, start + rows)] - start
-                start += rows
-                if len(inside) == rows:
-                    continue
-                block = self._matrix(file, rows, offset)
-                yield first, np.delete(np.asarray(block), inside, axis=0) if len(inside) else block
-                first += rows - len(inside)
+                found.append(RowGroup(file, index, rows, offset, first, inside))
+                start, first = start + rows, first + rows - len(inside)
+        return found
+
+    def matrix_of(self, group: RowGroup) -> np.ndarray:
+        """All rows of a row group, the deleted ones too: [rows, dim]. Memory-mapped where the shard is local."""
+        path, shape = self.manifest.path(group.file), (group.rows, self.dim)
+        length = group.rows * self.dim * self.dtype.itemsize
+        try:
+            if storage.is_local(path):
+                return np.memmap(path, dtype=self.dtype, mode="r", offset=group.offset, shape=shape)
+            data = storage.read_bytes(path, group.offset, group.offset + length)
+            return np.frombuffer(data, dtype=self.dtype).reshape(shape)
+        except (OSError, ValueError) as error:
+            raise damaged(path, error) from None
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of the given row numbers (int64 [n]), in that order: [n, dim]."""
         found = np.empty((len(rows), self.dim), self.dtype)
-        ends = np.cumsum([self._live(file) for file in self._files])
-        which = np.searchsorted(ends, rows, side="right")
+        groups = [group for group in self.row_groups if group.live]
+        which = np.searchsorted([group.first for group in groups], rows, side="right") - 1
         for index in np.unique(which):
-            file, wanted = self._files[index], np.flatnonzero(which == index)
-            inside = self.live_rows(file)[rows[wanted] - (ends[index] - self._live(file))]
-            starts = np.cumsum([0, *file.row_groups])
-            groups = np.searchsorted(starts, inside, side="right") - 1
-            for group in np.unique(groups):
-                here = groups == group
-                matrix = self._matrix(file, file.row_groups[group], file.offsets[group])
-                found[wanted[here]] = matrix[inside[here] - starts[group]]
+            group, wanted = groups[index], np.flatnonzero(which == index)
+            live = np.delete(np.arange(group.rows), group.deleted)
+            found[wanted] = self.matrix_of(group)[live[rows[wanted] - group.first]]
         return found
 
     def matrix(self) -> np.ndarray:
@@ -238,17 +267,6 @@ class Shards:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise damaged(path, error) from None
         return found.take(pa.array(self.live_rows(file))) if len(self._deleted_in(file)) else found
-
-    def _matrix(self, file: File, rows: int, offset: int) -> np.ndarray:
-        path, shape = self.manifest.path(file), (rows, self.dim)
-        length = rows * self.dim * self.dtype.itemsize
-        try:
-            if storage.is_local(path):
-                return np.memmap(path, dtype=self.dtype, mode="r", offset=offset, shape=shape)
-            data = storage.read_bytes(path, offset, offset + length)
-            return np.frombuffer(data, dtype=self.dtype).reshape(shape)
-        except (OSError, ValueError) as error:
-            raise damaged(path, error) from None
 
 
 def damaged(path: str, error: Exception) -> UserError:
