@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,11 +13,14 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from clipdist import storage
+from clipdist.cache import DiskCache, default_cache
+from clipdist.code_store import CodeStore
 from clipdist.config import UserError
 from clipdist.manifest import read_manifest
+from clipdist.scan import top_k_by_codes
 from clipdist.schema import Stamp
 from clipdist.shards import Shards, row_of_id
-from clipdist.topk import Keep, TopK, exact_scores, top_k
+from clipdist.topk import Keep, TopK, check_dim, exact_scores, top_k
 from clipdist.where import Expression, Filter, parse
 
 Where: TypeAlias = str | Expression
@@ -36,15 +41,21 @@ class Index:
     """One table of an embeddings artefact, ready to be searched. Nothing is built: the shards are the index."""
 
     shards: Shards
+    cache: DiskCache | None = None
+    device: str = "cpu"
     _last_filter: tuple[Where, NDArray[np.bool_]] | None = field(default=None, repr=False)
 
     @staticmethod
-    def open(uri: str, table: str = "images") -> Index:
-        """Opens `images` or `texts` at `uri`. UserError when that is not a finished embeddings artefact."""
+    def open(uri: str, table: str = "images", *, cache: DiskCache | None = None, device: str = "cpu") -> Index:
+        """Opens `images` or `texts` at `uri`. UserError when that is not a finished embeddings artefact.
+
+        `cache`: where this machine keeps what it reads from a store and the codes of the first pass (default: 50 GiB of
+        `~/.cache/clipdist`). `device`: a GPU, such as "cuda", holds the codes and goes through them."""
         manifest = read_manifest(storage.absolute(uri), "embeddings")
         if table not in manifest.planned:
             raise UserError(f"{uri}: has no {table} (there: {', '.join(manifest.planned)})")
-        return Index(Shards(manifest, table))
+        cache = cache or default_cache()
+        return Index(Shards(manifest, table, cache), cache, device)
 
     @property
     def stamp(self) -> Stamp:
@@ -82,6 +93,8 @@ class Index:
         matrix = np.atleast_2d(np.asarray(queries))
         if matrix.dtype not in (np.float32, np.float64):
             matrix = matrix.astype(np.float32)
+        if matrix.ndim == 2:  # else `top_k` says what it should be
+            check_dim(matrix.shape[1], self.dim)
         keep = None if where is None else self._keep(where)
         if collapse is None:
             found = self._top(matrix, offset + k if k > 0 else k, keep)
@@ -90,7 +103,8 @@ class Index:
             pairs = self._collapsed(matrix, offset + k if k > 0 else k, keep, collapse)
         kept = [_page(rows, scores, offset, min_score) for rows, scores in pairs]
         rows, scores = [rows for rows, _ in kept], [scores for _, scores in kept]
-        return Ranking([self._ids(numbers) for numbers in rows], scores, rows)
+        ids = iter(self._ids(np.concatenate([np.zeros(0, np.int64), *rows])))
+        return Ranking([list(islice(ids, len(numbers))) for numbers in rows], scores, rows)
 
     def describe(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Every column but the vector, of the given row numbers [n], in that order."""
@@ -105,7 +119,14 @@ class Index:
         return np.asarray(self.shards.vectors(np.array([row]))[0], np.float32)
 
     def _top(self, queries: NDArray[Any], k: int, keep: Keep | None) -> TopK:
-        return top_k(self.shards.blocks(), queries, k, self._ids, keep=keep)
+        kernel = self._store.kernel(len(queries))
+        if kernel is None:
+            return top_k(self.shards.blocks(), queries, k, self._ids, keep=keep)
+        return top_k_by_codes(self._store.parts(kernel), kernel, queries, k, self._ids, keep=keep)
+
+    @cached_property
+    def _store(self) -> CodeStore:
+        return CodeStore(self.shards, self.cache, self.device)
 
     def _collapsed(
         self, queries: NDArray[Any], k: int, keep: Keep | None, cosine: float

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from clipdist import storage
+from clipdist.cache import DiskCache
 from clipdist.config import UserError
 from clipdist.deletes import deleted_rows
 from clipdist.manifest import File, Manifest
@@ -120,6 +121,10 @@ class RowGroup:
     def live(self) -> int:
         return self.rows - len(self.deleted)
 
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row numbers of places of live rows."""
+        return self.first + places - np.searchsorted(self.deleted, places)
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -127,6 +132,7 @@ class Shards:
 
     manifest: Manifest
     table: str
+    cache: DiskCache | None = None
 
     @property
     def dim(self) -> int:

@@ -12,11 +12,12 @@ gamma_d = d u / (1 - d u).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+Rows: TypeAlias = NDArray[Any]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Ids = Callable[[Ints], Sequence[str]]
@@ -43,8 +44,13 @@ class PreparedQueries(NamedTuple):
     exponent: NDArray[np.int64]  # [q]
     slope: Floats  # [q], first-pass error per unit of row norm
 
+    def take(self, which: slice) -> PreparedQueries:
+        return PreparedQueries(self.exact[which], self.scaled[which], self.exponent[which], self.slope[which])
 
-class _Pool(NamedTuple):
+
+class Pool(NamedTuple):
+    """Rows of queries, with exact scores; all [n]."""
+
     query: Ints
     row: Ints
     score: Floats
@@ -116,7 +122,7 @@ def bounded_scores(
     room for the block, saves an allocation per call.
     """
     check_rows(rows, queries.exact.shape[1])
-    wide = _widen(rows, buffer)
+    wide = widen(rows, buffer)
     dim = wide.shape[1]
     with np.errstate(over="ignore", invalid="ignore"):
         squared = np.einsum("ij,ij->i", wide, wide)
@@ -132,14 +138,18 @@ def check_rows(rows: NDArray[Any], dim: int) -> None:
     """ValueError unless `rows` is a float16 or float32 matrix with `dim` columns."""
     if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
         raise ValueError(f"a block must be a float16 or float32 matrix [rows, dim], not {rows.dtype} {rows.shape}")
-    if rows.shape[1] != dim:
+    check_dim(dim, rows.shape[1])
+
+
+def check_dim(queries_dim: int, rows_dim: int) -> None:
+    if queries_dim != rows_dim:
         raise ValueError(
-            f"queries have {dim} dimensions but the rows have {rows.shape[1]}; "
+            f"queries have {queries_dim} dimensions but the rows have {rows_dim}; "
             "queries and catalog must be embedded by the same model"
         )
 
 
-def _widen(rows: NDArray[Any], buffer: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+def widen(rows: NDArray[Any], buffer: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Rows in float32, in `buffer` where they must be copied. float16 goes through integers, 5x faster than numpy's
     astype; there NaN and inf become numbers of at least 65536 (so: unsure)."""
     if rows.dtype == np.float32:
@@ -177,27 +187,54 @@ def top_k(
     leave out. A row that holds NaN or inf is never returned. Memory: a block + O(q * k). ValueError for
     k < 1, a dimension or dtype that does not fit, or a query that is not finite.
     """
-    _check_k(k)
     prepared = prepare_queries(queries)
-    n = len(prepared.exact)
-    capacity = n * k + n * k // 4
-    step = max(64, min(1 << 16, _SUB_BLOCK_VALUES // max(prepared.exact.shape[1], n)))
+    best = Best(len(prepared.exact), k, ids)
+    step = max(64, min(1 << 16, _SUB_BLOCK_VALUES // max(prepared.exact.shape)))
     buffer = np.empty((step, prepared.exact.shape[1]), dtype=np.float32)
-    pools: list[_Pool] = []
-    held = 0
-    kth_score = np.full(n, -np.inf)
     for first, block in blocks:
         check_rows(block, prepared.exact.shape[1])
         for numbers, rows in _sub_blocks(first, block, step, keep):
-            found = _candidates(rows, prepared, kth_score, k, buffer)
-            if len(found.row):
-                pools.append(found._replace(row=numbers[found.row]))
-                held += len(found.row)
-            if held > capacity:
-                pool, kth_score = _drop_beaten(_join(pools), n, k)
-                pools = [_break_ties(pool, n, k, ids) if len(pool.row) > capacity + _TIES_HELD else pool]
-                held = len(pools[0].row)
-    return _answer(_break_ties(_join(pools), n, k, ids), n)
+            found = candidates(rows, prepared, best.kth_score(), k, buffer)
+            best.add(found._replace(row=numbers[found.row]))
+    return best.answer()
+
+
+class Best:
+    """The k best rows of every query among those added, each row once. Memory: O(queries * k)."""
+
+    def __init__(self, queries: int, k: int, ids: Ids) -> None:
+        if k < 1:
+            raise ValueError(f"k is the number of rows to return and must be at least 1, not {k}")
+        self.n, self.k, self.ids = queries, k, ids
+        self._capacity = queries * k + queries * k // 4
+        self._pools: list[Pool] = []
+        self._held = 0
+        self._kth_score = np.full(queries, -np.inf)
+
+    def add(self, found: Pool) -> None:
+        """Rows with their exact scores."""
+        if not len(found.row):
+            return
+        self._pools.append(found)
+        self._held += len(found.row)
+        if self._held > self._capacity:
+            self.settle()
+
+    def kth_score(self) -> Floats:
+        """A score of every query that k of the added rows reach, or -inf; the highest such after `settle`."""
+        return self._kth_score
+
+    def answer(self) -> TopK:
+        pool = _break_ties(_join(self._pools), self.n, self.k, self.ids)
+        count = len(pool.row) // self.n if self.n else 0
+        return TopK(pool.row.reshape(self.n, count), pool.score.reshape(self.n, count))
+
+    def settle(self) -> None:
+        """Forgets rows that k others beat."""
+        pool, self._kth_score = _drop_beaten(_join(self._pools), self.n, self.k)
+        if len(pool.row) > self._capacity + _TIES_HELD:
+            pool = _break_ties(pool, self.n, self.k, self.ids)
+        self._pools, self._held = [pool], len(pool.row)
 
 
 def merge(parts: Iterable[TopK], k: int, ids: Ids) -> TopK:
@@ -205,19 +242,15 @@ def merge(parts: Iterable[TopK], k: int, ids: Ids) -> TopK:
 
     Every part must hold its own k best, or all its rows if it has fewer. `ids` as in `top_k`.
     """
-    _check_k(k)
     parts = list(parts)
     counts = {len(part.rows) for part in parts}
     if len(counts) != 1:
         raise ValueError(f"parts must answer the same queries; their numbers of queries are {sorted(counts)}")
-    n = counts.pop()
-    pools = [_Pool(np.repeat(np.arange(n), p.rows.shape[1]), p.rows.ravel(), p.scores.ravel()) for p in parts]
-    return _answer(_break_ties(_join(pools), n, k, ids), n)
-
-
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k is the number of rows to return and must be at least 1, not {k}")
+    best = Best(counts.pop(), k, ids)
+    for part in parts:
+        query = np.repeat(np.arange(best.n), part.rows.shape[1])
+        best.add(Pool(query, part.rows.ravel(), part.scores.ravel()))
+    return best.answer()
 
 
 def _sub_blocks(first: int, block: NDArray[Any], step: int, keep: Keep | None) -> Iterable[tuple[Ints, NDArray[Any]]]:
@@ -235,10 +268,11 @@ def _sub_blocks(first: int, block: NDArray[Any], step: int, keep: Keep | None) -
             yield numbers[kept], rows[kept]
 
 
-def _candidates(
-    rows: NDArray[Any], queries: PreparedQueries, kth_score: Floats, k: int, buffer: NDArray[np.float32]
-) -> _Pool:
-    """The (query, place in rows) pairs that may reach the first k, with exact scores."""
+def candidates(
+    rows: NDArray[Any], queries: PreparedQueries, kth_score: Floats, k: int, buffer: NDArray[np.float32] | None = None
+) -> Pool:
+    """The (query, place in rows) pairs that may reach the first k, with exact scores. `kth_score` [q]: a score that k
+    rows reach, or -inf."""
     scores, error, unsure = bounded_scores(rows, queries, buffer)
     scores[:, unsure] = -np.inf
     cut = np.ldexp(kth_score, -queries.exponent) - error
@@ -252,7 +286,7 @@ def _candidates(
     exact = exact_pair_scores(rows, queries.exact, place, query)
     # Finite rows and queries within float32 have finite scores: the others hold NaN or inf.
     found = np.isfinite(exact) & (exact >= kth_score[query])
-    return _Pool(query[found], place[found], exact[found])
+    return Pool(query[found], place[found], exact[found])
 
 
 def round_down(values: Floats) -> NDArray[np.float32]:
@@ -261,16 +295,16 @@ def round_down(values: Floats) -> NDArray[np.float32]:
         return np.nextafter(values.astype(np.float32), np.float32(-np.inf))
 
 
-def _join(pools: list[_Pool]) -> _Pool:
-    empty = _Pool(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
-    return _Pool(*(np.concatenate(column) for column in zip(empty, *pools, strict=True)))
+def _join(pools: list[Pool]) -> Pool:
+    empty = Pool(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
+    return Pool(*(np.concatenate(column) for column in zip(empty, *pools, strict=True)))
 
 
-def _take(pool: _Pool, index: NDArray[Any]) -> _Pool:
-    return _Pool(pool.query[index], pool.row[index], pool.score[index])
+def _take(pool: Pool, index: NDArray[Any]) -> Pool:
+    return Pool(pool.query[index], pool.row[index], pool.score[index])
 
 
-def _drop_beaten(pool: _Pool, n: int, k: int) -> tuple[_Pool, Floats]:
+def _drop_beaten(pool: Pool, n: int, k: int) -> tuple[Pool, Floats]:
     """The pool in order of query and score, without rows below the k-th score; that score [n] or -inf."""
     pool = _take(pool, np.lexsort((-pool.score, pool.query)))
     counts = np.bincount(pool.query, minlength=n)
@@ -281,7 +315,7 @@ def _drop_beaten(pool: _Pool, n: int, k: int) -> tuple[_Pool, Floats]:
     return _take(pool, pool.score >= kth_score[pool.query]), kth_score
 
 
-def _break_ties(pool: _Pool, n: int, k: int, ids: Ids) -> _Pool:
+def _break_ties(pool: Pool, n: int, k: int, ids: Ids) -> Pool:
     """The first k of every query by (-score, id), in that order."""
     pool, _ = _drop_beaten(pool, n, k)
     same = (np.diff(pool.query) == 0) & (np.diff(pool.score) == 0)
@@ -301,8 +335,3 @@ def _break_ties(pool: _Pool, n: int, k: int, ids: Ids) -> _Pool:
     counts = np.bincount(pool.query, minlength=n)
     position = np.arange(len(pool.row)) - (np.cumsum(counts) - counts)[pool.query]
     return _take(pool, position < k)
-
-
-def _answer(pool: _Pool, n: int) -> TopK:
-    found = len(pool.row) // n if n else 0
-    return TopK(pool.row.reshape(n, found), pool.score.reshape(n, found))

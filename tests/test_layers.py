@@ -27,7 +27,12 @@ LIGHT = [
     "ranks",
     "retrieval",
     "deletes",
+    "cache",
     "shards",
+    "codes",
+    "kernels",
+    "scan",
+    "code_store",
     "joining",
     "report",
     "upkeep",
@@ -105,7 +110,7 @@ FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 
 LIGHT_LIBRARIES = {"numpy", "pyarrow", "pydantic", "pydantic_core", "yaml", "fsspec", "tqdm"}
-INSIDE_FUNCTIONS = {"plots": {"matplotlib"}, "gallery": {"matplotlib", "jinja2", "PIL"}}
+INSIDE_FUNCTIONS = {"kernels": {"torch"}, "plots": {"matplotlib"}, "gallery": {"matplotlib", "jinja2", "PIL"}}
 ONLY_IN = {
     "ray": {*RAY, *FRONT},
     "open_clip": {"anatomy", "image_size", "models", "augment"},

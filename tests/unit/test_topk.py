@@ -279,7 +279,7 @@ def test_first_pass_stays_within_its_bound() -> None:
 def test_every_float16_is_widened_exactly() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 64)
     expected = halves.astype(np.float32)
-    found = topk._widen(halves)
+    found = topk.widen(halves)
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(found.view(np.uint32)[finite], expected.view(np.uint32)[finite])
     assert (np.abs(found[~finite]) >= 65536).all(), "NaN and inf must show as too large"
