@@ -26,14 +26,19 @@ WHERES: list[tuple[Where, np.ndarray]] = [
 ]
 
 
+def use_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for few rows and few queries, and on processors where float32 is faster."""
+    monkeypatch.setattr(code_store, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(code_store, "_WORTH_TORCH", 0)
+    monkeypatch.setattr(code_store, "find_kernel", Kernel)
+
+
 @pytest.fixture(params=["float32", "codes in memory", "codes in the cache"])
 def index(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     """The same table, searched in every way."""
     shards = write_embeddings(str(tmp_path / "embeddings"), PARTS)
     if request.param != "float32":
-        monkeypatch.setattr(code_store, "FEWEST_ROWS", 1)
-        monkeypatch.setattr(code_store, "find_kernel", Kernel)
-        monkeypatch.setattr(code_store, "_WORTH_TORCH", 0)
+        use_codes(monkeypatch)
     return Index(shards, DiskCache(tmp_path / "cache", 1 << 30) if request.param.endswith("cache") else None)
 
 
@@ -94,8 +99,7 @@ def test_what_cannot_be_asked(index: Index) -> None:
 
 
 def test_codes_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_store, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(code_store, "find_kernel", Kernel)
+    use_codes(monkeypatch)
     cache, query = DiskCache(tmp_path / "cache", 1 << 30), some_vectors(1, 16, 9, "float32")
     made: list[int] = []
     monkeypatch.setattr(code_store, "encode", lambda rows: made.append(len(rows)) or encode(rows))
