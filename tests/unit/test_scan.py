@@ -18,9 +18,11 @@ from tests.unit.test_topk import clustered_rows, last_bit_rows, random_rows, shu
 
 Array = np.ndarray[Any, Any]
 KERNEL = Kernel("cpu")
+PADDED = Kernel("cpu:0")
+"""Takes the way of a GPU, whose products want padding, on a CPU."""
 
 
-def parts_of(rows: Array, sizes: Sequence[int], deleted: Array | None = None) -> list[Part]:
+def parts_of(rows: Array, sizes: Sequence[int], deleted: Array | None = None, kernel: Kernel = KERNEL) -> list[Part]:
     """Row groups of these sizes, and one of the rest."""
     found, first, start = [], 0, 0
     for size in [*sizes, len(rows) - sum(sizes)]:
@@ -28,7 +30,7 @@ def parts_of(rows: Array, sizes: Sequence[int], deleted: Array | None = None) ->
         gone = np.zeros(0, np.int64) if deleted is None else np.flatnonzero(deleted[start : start + size])
         group = RowGroup(File("", "", size, (size,), 0), 0, size, 0, first, gone)
         codes = encode(block)
-        found.append(Part(group, codes, KERNEL.place(codes.code), block.__getitem__))
+        found.append(Part(group, codes, kernel.place(codes.code), block.__getitem__))
         start, first = start + size, first + group.live
     return found
 
@@ -77,6 +79,14 @@ def test_the_answer_of_the_float32_pass(monkeypatch: pytest.MonkeyPatch, kind: s
         assert_same(
             top_k_by_codes(parts_of(rows, (3000, 7), deleted), KERNEL, queries, k, shuffled_ids, keep=keep), expected
         )
+
+
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    monkeypatch.setattr(scan, "_PRODUCTS_AT_ONCE", 1 << 11)
+    rows, asked = clustered_rows(3001, 45, 1), random_rows(queries, 45, 2)
+    expected = top_k([(0, rows)], asked, 10, shuffled_ids)
+    assert_same(top_k_by_codes(parts_of(rows, (1500, 3), None, PADDED), PADDED, asked, 10, shuffled_ids), expected)
 
 
 def test_an_error_that_is_too_small_is_seen() -> None:
