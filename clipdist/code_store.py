@@ -18,8 +18,8 @@ from clipdist.codes import LAYOUT, Codes, encode
 from clipdist.kernels import Kernel, find_kernel
 from clipdist.progress import Progress
 from clipdist.scan import Part
+from clipdist.scores import Ints
 from clipdist.shards import RowGroup, Shards
-from clipdist.topk import Ints
 
 FEWEST_ROWS = 16_384
 """Below it the float32 pass is done before codes would be asked for."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdist.topk import Floats, Ints, PreparedQueries, Rows, widen
+from clipdist.scores import Floats, Ints, PreparedQueries, Rows, widen
 
 LAYOUT = 1
 """Raised when codes that were kept on disk would be read wrongly."""

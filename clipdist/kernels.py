@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdist.topk import Ints, widen
+from clipdist.scores import Ints, widen
 
 Tensor: TypeAlias = Any  # torch is not imported here, nor its types
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdist.metrics import Floats, Ints, Relevance
-from clipdist.topk import (
+from clipdist.scores import (
     PreparedQueries,
     bounded_scores,
     check_rows,
@@ -33,7 +33,7 @@ def positive_ranks(
 
     `queries` [q, d] and `gallery` [n, d] (float16 or float32) are L2-normalised embeddings. Higher score
     first; of equal scores the lower row number first: id order when the gallery is sorted by id. Scores are
-    compared exactly (`topk.exact_scores`), so equal vectors do tie and ranks do not depend on `block_rows`.
+    compared exactly (`scores.exact_scores`), so equal vectors do tie and ranks do not depend on `block_rows`.
     `best`: only that many positives of each query, the highest, are ranked, and the others get n + 1. No other can be
     among the first `best` rows, so metrics at k <= best are the same, in far less time where a query has hundreds.
     Memory: O(1024 * (block_rows + positives of a query)). ValueError for shapes that do not fit or a gallery row that

@@ -15,21 +15,9 @@ from numpy.typing import NDArray
 
 from clipdist.codes import Codes, code_queries
 from clipdist.kernels import Kernel
+from clipdist.scores import Floats, Ints, PreparedQueries, Rows, exact_pair_scores, prepare_queries
 from clipdist.shards import RowGroup
-from clipdist.topk import (
-    Best,
-    Floats,
-    Ids,
-    Ints,
-    Keep,
-    Pool,
-    PreparedQueries,
-    Rows,
-    TopK,
-    candidates,
-    exact_pair_scores,
-    prepare_queries,
-)
+from clipdist.topk import Best, Ids, Keep, Pool, TopK, candidates
 
 _QUERIES_AT_ONCE = 256
 _PRODUCTS_AT_ONCE = 1 << 22  # 16 MiB of int32: they stay in the cache until they are compared

@@ -19,8 +19,9 @@ from clipdist.config import UserError
 from clipdist.manifest import read_manifest
 from clipdist.scan import top_k_by_codes
 from clipdist.schema import Stamp
+from clipdist.scores import check_dim, exact_scores
 from clipdist.shards import Shards, row_of_id
-from clipdist.topk import Keep, TopK, check_dim, exact_scores, top_k
+from clipdist.topk import Keep, TopK, top_k
 from clipdist.where import Expression, Filter, parse
 
 Where: TypeAlias = str | Expression

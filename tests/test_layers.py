@@ -22,6 +22,7 @@ LIGHT = [
     "unit_tables",
     "lease",
     "journal",
+    "scores",
     "topk",
     "metrics",
     "ranks",

@@ -36,9 +36,9 @@ import torch
 from clipdist import ledger
 from clipdist.cache import DiskCache
 from clipdist.schema import Stamp, embeddings_schema
+from clipdist.scores import exact_scores
 from clipdist.search import Index
 from clipdist.shards import encode_shard
-from clipdist.topk import exact_scores
 
 Array = np.ndarray[Any, Any]
 SHARD_ROWS, CLUSTERS, K = 131_072, 2000, 10

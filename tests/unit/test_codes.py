@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clipdist.codes import CodedQueries, Codes, code_queries, encode
-from clipdist.topk import PreparedQueries, exact_scores, prepare_queries
+from clipdist.scores import PreparedQueries, exact_scores, prepare_queries
 
 Array = np.ndarray[Any, Any]
 

@@ -21,9 +21,9 @@ from clipdist.evaluate import run as evaluate
 from clipdist.ledger import begin
 from clipdist.manifest import Manifest, read_manifest
 from clipdist.schema import Dtype
+from clipdist.scores import exact_scores
 from clipdist.search import Index
 from clipdist.shards import Shards, encode_shard, row_of_id
-from clipdist.topk import exact_scores
 from tests.unit.some_shards import DTYPES, Vectors, encoded, some_vectors, stamp_of, vector_table, write_embeddings
 
 COLUMNS = ["id", "caption", "price"]

@@ -13,7 +13,7 @@ import clipdist.metrics as metrics
 import clipdist.ranks as ranks_module
 from clipdist.metrics import Relevance
 from clipdist.ranks import positive_ranks
-from clipdist.topk import exact_scores
+from clipdist.scores import exact_scores
 
 Array = NDArray[Any]
 

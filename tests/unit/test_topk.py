@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 import clipdist.topk as topk
-from clipdist.topk import TopK, bounded_scores, exact_scores, merge, prepare_queries, top_k
+from clipdist.scores import bounded_scores, exact_scores, prepare_queries, widen
+from clipdist.topk import TopK, merge, top_k
 
 Array = NDArray[Any]
 
@@ -279,7 +280,7 @@ def test_first_pass_stays_within_its_bound() -> None:
 def test_every_float16_is_widened_exactly() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 64)
     expected = halves.astype(np.float32)
-    found = topk.widen(halves)
+    found = widen(halves)
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(found.view(np.uint32)[finite], expected.view(np.uint32)[finite])
     assert (np.abs(found[~finite]) >= 65536).all(), "NaN and inf must show as too large"
