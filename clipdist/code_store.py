@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from clipdist.kernels import Kernel, find_kernel
 from clipdist.progress import Progress
 from clipdist.scan import Part
 from clipdist.scores import Ints
-from clipdist.shards import RowGroup, Shards
+from clipdist.shard_reader import RowGroup, cache_key
+from clipdist.shards import Shards
 
 FEWEST_ROWS = 16_384
 """Below it the float32 pass is done before codes would be asked for."""
@@ -68,18 +68,20 @@ class CodeStore:
     def _codes(self, group: RowGroup) -> Codes:
         dim = self.shards.dim
         if self.cache is None:
-            return encode(self.shards.matrix_of(group))
-        # A file's name holds random digits, so that it and its size name its content wherever the table lies.
-        key = f"codes {LAYOUT} {group.file.path} {group.file.file_bytes} {group.index}"
-        path = self.cache.entry(key, Codes.size(group.rows, dim), self._save(group))
-        return encode(self.shards.matrix_of(group)) if path is None else Codes.load(path, group.rows, dim)
+            return encode(self.shards.reader.matrix_of(group))
+        made: list[Codes] = []
 
-    def _save(self, group: RowGroup) -> Callable[[Path], None]:
-        return lambda path: encode(self.shards.matrix_of(group)).save(path)
+        def make() -> bytes:
+            made.append(encode(self.shards.reader.matrix_of(group)))
+            return made[0].to_bytes()
+
+        key = cache_key(group.file, f"codes {LAYOUT} {group.index}")
+        path = self.cache.entry(key, Codes.size(group.rows, dim), make)
+        return made[0] if isinstance(path, bytes) else Codes.load(path, group.rows, dim)
 
     def _vectors(self, group: RowGroup) -> Callable[[Ints], NDArray[Any]]:
-        """The vectors at places of live rows."""
+        """The vectors at places."""
         if storage.is_local(self.shards.manifest.uri):
-            matrix = self.shards.matrix_of(group)
+            matrix = self.shards.reader.matrix_of(group)  # once: to map a file takes longer than to read a row
             return lambda places: np.asarray(matrix[places])
-        return lambda places: self.shards.vectors(group.numbers(places))
+        return lambda places: self.shards.reader.rows_of(group, places)

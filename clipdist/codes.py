@@ -45,23 +45,21 @@ class Codes:
     row_norm: float
     odd: Ints  # places, ascending
 
-    def save(self, path: Path) -> None:
-        with path.open("wb") as file:
-            file.write(self.code.data)
-            file.write(np.concatenate([self.mean, self.scale]).astype("<f4").tobytes())
-            file.write(np.array([self.residual_norm, self.code_norm, self.row_norm], "<f8").tobytes())
-            odd = np.zeros(len(self.code), bool)
-            odd[self.odd] = True
-            file.write(np.packbits(odd).tobytes())
+    def to_bytes(self) -> bytes:
+        levels = np.concatenate([self.mean, self.scale]).astype("<f4")
+        norms = np.array([self.residual_norm, self.code_norm, self.row_norm], "<f8")
+        odd = np.zeros(len(self.code), bool)
+        odd[self.odd] = True
+        return b"".join(part.tobytes() for part in (self.code, levels, norms, np.packbits(odd)))
 
     @staticmethod
     def size(rows: int, dim: int) -> int:
-        """Bytes that `save` writes."""
+        """Bytes that `to_bytes` gives."""
         return rows * dim + 8 * dim + 24 + -(-rows // 8)
 
     @staticmethod
     def load(path: Path, rows: int, dim: int) -> Codes:
-        """What `save` wrote, memory-mapped."""
+        """A file of what `to_bytes` gave, memory-mapped."""
         # Copy on write: nothing writes, but torch warns of read-only memory.
         code: NDArray[np.int8] = np.memmap(path, np.int8, "c", shape=(rows, dim))
         with path.open("rb") as file:

@@ -19,7 +19,8 @@ from clipdist import storage
 from clipdist.config import UserError
 from clipdist.manifest import File
 from clipdist.schema import Stamp
-from clipdist.shards import STAMP_KEY, ShardWriter, damaged, row_group_rows
+from clipdist.shard_reader import damaged
+from clipdist.shard_writer import STAMP_KEY, ShardWriter, row_group_rows
 
 READERS = 8
 """Pieces read at a time: on an object store it is the latency that counts."""

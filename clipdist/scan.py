@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from clipdist.codes import Codes, code_queries
 from clipdist.kernels import Kernel
 from clipdist.scores import Floats, Ints, PreparedQueries, Rows, exact_pair_scores, prepare_queries
-from clipdist.shards import RowGroup
+from clipdist.shard_reader import RowGroup
 from clipdist.topk import Best, Ids, Keep, Pool, TopK, candidates
 
 _QUERIES_AT_ONCE = 256

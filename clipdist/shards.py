@@ -1,14 +1,7 @@
-"""Committed embedding shards as matrices: written as one raw page per row group, read by memory map or range reads.
-
-A row group's vectors are one UNCOMPRESSED PLAIN page, so its bytes are the row-major matrix; the byte offset is
-committed with the file. To every other reader a shard is ordinary Parquet.
-"""
+"""The shards of a table as matrices and columns of the rows that live."""
 
 from __future__ import annotations
 
-import io
-import json
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,111 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from clipdist import storage
 from clipdist.cache import DiskCache
-from clipdist.config import UserError
 from clipdist.deletes import deleted_rows
 from clipdist.manifest import File, Manifest
-from clipdist.schema import Stamp, stored_dtype, vector_type
+from clipdist.progress import Progress
+from clipdist.shard_reader import READ_AHEAD, RowGroup, ShardReader
 
-VECTOR = "embedding.list.element"
-ROW_GROUP = 65_536
-STAMP_KEY = "clipdist"
-
-READ_AHEAD = 3
-
-_MATRIX_BYTES = 1 << 30  # of one row group at most: a page has to stay below 2 GiB with all that comes with it
 _NOTHING_DELETED: NDArray[np.int64] = np.zeros(0, np.int64)
-
-
-def row_group_rows(stamp: Stamp) -> int:
-    """Rows of a full row group."""
-    row_bytes = int(stamp.identity["dim"]) * np.dtype(stored_dtype(stamp)).itemsize
-    return max(1, min(ROW_GROUP, _MATRIX_BYTES // row_bytes))
-
-
-def encode_shard(table: pa.Table, name: str, stamp: Stamp) -> tuple[bytes, File]:
-    """A table of `embeddings_schema` as the bytes of one shard, and what the ledger has to know of it."""
-    writer, size = ShardWriter(table.schema, stamp), row_group_rows(stamp)
-    for start in range(0, len(table), size):
-        writer.write(table.slice(start, size))
-    return writer.close(name)
-
-
-class ShardWriter:
-    """One shard in memory, row group by row group. The footer tells its stamp to whoever finds the file alone."""
-
-    def __init__(self, schema: pa.Schema, stamp: Stamp) -> None:
-        self.dtype, self.dim = np.dtype(stored_dtype(stamp)), int(stamp.identity["dim"])
-        expected = vector_type(self.dim, stored_dtype(stamp))
-        if schema.field("embedding").type != expected:
-            raise RuntimeError(f"the stamp says {expected}, the rows hold {schema.field('embedding').type}")
-        columns = [leaf for leaf in schema.names if leaf != "embedding"]
-        self._checksums: list[int] = []
-        self._buffer = io.BytesIO()
-        self._writer = pq.ParquetWriter(
-            self._buffer,
-            schema.remove_metadata(),
-            compression={VECTOR: "none"} | dict.fromkeys(columns, "zstd"),
-            use_dictionary=[leaf for leaf in columns if leaf not in ("id", "caption", "image_uri", "pair_id")],
-            data_page_size=2_000_000_000,
-            max_rows_per_page=1 << 20,
-            write_page_checksum=False,
-        )
-        self._writer.add_key_value_metadata({STAMP_KEY: json.dumps(stamp.to_json()), "layout": "single_page"})
-
-    def write(self, rows: pa.Table) -> None:
-        """Adds one row group; every one but the last has `row_group_rows` rows."""
-        checksum = 0
-        for chunk in rows.column("embedding").chunks:
-            checksum = zlib.crc32(chunk.flatten().to_numpy().data, checksum)
-        self._checksums.append(checksum)
-        self._writer.write_table(rows, row_group_size=len(rows))
-
-    def close(self, name: str) -> tuple[bytes, File]:
-        """The shard. RuntimeError unless every row group's vectors lie in it raw, bit for bit."""
-        self._writer.close()
-        data = self._buffer.getvalue()
-        metadata = pq.read_metadata(io.BytesIO(data))
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        rows = tuple(group.num_rows for group in groups)
-        lengths = [number * self.dim * self.dtype.itemsize for number in rows]
-        offsets = tuple(_matrix_offset(group, length) for group, length in zip(groups, lengths, strict=True))
-        whole = memoryview(data)
-        for offset, length, checksum in zip(offsets, lengths, self._checksums, strict=True):
-            if zlib.crc32(whole[offset : offset + length]) != checksum:
-                raise RuntimeError("the embedding column must be one raw page")
-        return data, File("", name, metadata.num_rows, rows, len(data), offsets=offsets)
-
-
-def _matrix_offset(group: pq.RowGroupMetaData, length: int) -> int:
-    chunks = [group.column(index) for index in range(group.num_columns)]
-    chunk = next(chunk for chunk in chunks if chunk.path_in_schema == VECTOR)
-    return int(chunk.data_page_offset + chunk.total_compressed_size - length)
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One row group of a shard. `first` is the row number of its first live row; `deleted` holds the places of its
-    deleted rows, ascending."""
-
-    file: File
-    index: int
-    rows: int
-    offset: int
-    first: int
-    deleted: NDArray[np.int64]
-
-    @property
-    def live(self) -> int:
-        return self.rows - len(self.deleted)
-
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row numbers of places of live rows."""
-        return self.first + places - np.searchsorted(self.deleted, places)
 
 
 @dataclass(frozen=True)
@@ -134,14 +31,18 @@ class Shards:
     table: str
     cache: DiskCache | None = None
 
+    @cached_property
+    def reader(self) -> ShardReader:
+        return ShardReader(self.manifest, self.cache)
+
     @property
     def dim(self) -> int:
-        return int(self.manifest.stamp.identity["dim"])
+        return self.reader.dim
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """float16 or float32."""
-        return np.dtype(stored_dtype(self.manifest.stamp)).newbyteorder("<")
+        return self.reader.dtype
 
     def __len__(self) -> int:
         return sum(self._live(file) for file in self._files)
@@ -151,10 +52,9 @@ class Shards:
 
         A row group with deleted rows is a copy, made anew each time: all copies kept could fill the memory.
         """
-        for group in self.row_groups:
-            if group.live:
-                block = self.matrix_of(group)
-                yield group.first, np.delete(np.asarray(block), group.deleted, axis=0) if len(group.deleted) else block
+        groups = [group for group in self.row_groups if group.live]
+        for group, block in zip(groups, self.reader.ahead(groups), strict=True):
+            yield group.first, np.delete(np.asarray(block), group.deleted, axis=0) if len(group.deleted) else block
 
     @cached_property
     def row_groups(self) -> list[RowGroup]:
@@ -168,18 +68,6 @@ class Shards:
                 start, first = start + rows, first + rows - len(inside)
         return found
 
-    def matrix_of(self, group: RowGroup) -> np.ndarray:
-        """All rows of a row group, the deleted ones too: [rows, dim]. Memory-mapped where the shard is local."""
-        path, shape = self.manifest.path(group.file), (group.rows, self.dim)
-        length = group.rows * self.dim * self.dtype.itemsize
-        try:
-            if storage.is_local(path):
-                return np.memmap(path, dtype=self.dtype, mode="r", offset=group.offset, shape=shape)
-            data = storage.read_bytes(path, group.offset, group.offset + length)
-            return np.frombuffer(data, dtype=self.dtype).reshape(shape)
-        except (OSError, ValueError) as error:
-            raise damaged(path, error) from None
-
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of the given row numbers (int64 [n]), in that order: [n, dim]."""
         found = np.empty((len(rows), self.dim), self.dtype)
@@ -187,9 +75,19 @@ class Shards:
         which = np.searchsorted([group.first for group in groups], rows, side="right") - 1
         for index in np.unique(which):
             group, wanted = groups[index], np.flatnonzero(which == index)
-            live = np.delete(np.arange(group.rows), group.deleted)
-            found[wanted] = self.matrix_of(group)[live[rows[wanted] - group.first]]
+            inside = rows[wanted] - group.first
+            places = np.delete(np.arange(group.rows), group.deleted)[inside] if len(group.deleted) else inside
+            found[wanted] = self.reader.rows_of(group, places)
         return found
+
+    def warm(self) -> None:
+        """Brings everything of a store's table into the cache, several row groups at a time; what is there already is
+        not asked for again."""
+        with Progress(f"cache {self.table}", len(self), "rows") as progress:
+            groups = [group for group in self.row_groups if group.live]
+            for group, _ in zip(groups, self.reader.ahead(groups), strict=True):
+                progress.advance(group.live)
+        self.columns(self.column_names())
 
     def matrix(self) -> np.ndarray:
         """All vectors, [rows, dim], in memory."""
@@ -241,12 +139,7 @@ class Shards:
         """Columns and their types, without the vectors; none of a table without files."""
         if not self._files:
             return pa.schema([])
-        path = self.manifest.path(self._files[0])
-        try:
-            with storage.open_read(path) as file:
-                return pa.schema([field for field in pq.read_schema(file) if field.name != "embedding"])
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(path, error) from None
+        return pa.schema([field for field in self.reader.schema(self._files[0]) if field.name != "embedding"])
 
     @cached_property
     def _files(self) -> list[File]:
@@ -264,22 +157,8 @@ class Shards:
 
     def _read(self, file: File, names: Sequence[str]) -> pa.Table:
         """Columns of a file's rows, without the deleted ones."""
-        path = self.manifest.path(file)
-        try:
-            with storage.open_read(path) as opened:
-                found = pq.read_table(opened, columns=list(names)).replace_schema_metadata(None)
-            if len(found) != file.rows or found.num_columns != len(names):
-                raise ValueError(f"{len(found)} rows of {', '.join(found.column_names)} there")
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise damaged(path, error) from None
+        found = pa.table([self.reader.column(file, name) for name in names], names=list(names))
         return found.take(pa.array(self.live_rows(file))) if len(self._deleted_in(file)) else found
-
-
-def damaged(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: this shard is missing, unreadable or shorter than its commit says "
-        f"({error.__class__.__name__}: {error}); copy it again, or embed into a new output"
-    )
 
 
 def row_of_id(shards: Shards, row_id: str) -> int | None:

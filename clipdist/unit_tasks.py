@@ -14,7 +14,7 @@ from clipdist.ledger import Ledger
 from clipdist.loading import Reading, Times, load_rows, rejects_of, stack, texts_of
 from clipdist.manifest import File
 from clipdist.schema import Dtype
-from clipdist.shards import encode_shard
+from clipdist.shard_writer import encode_shard
 from clipdist.unit_tables import from_bytes, to_bytes, unit_tables
 from clipdist.units import report
 

@@ -55,6 +55,12 @@ def write_shapes(folder: Path, copies: int) -> Path:
     return folder / "products.csv"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and processes that they start, keep nothing in the cache of whoever runs them."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An open_clip JSON config of a CLIP that trains in seconds."""

@@ -38,7 +38,7 @@ from clipdist.cache import DiskCache
 from clipdist.schema import Stamp, embeddings_schema
 from clipdist.scores import exact_scores
 from clipdist.search import Index
-from clipdist.shards import encode_shard
+from clipdist.shard_writer import encode_shard
 
 Array = np.ndarray[Any, Any]
 SHARD_ROWS, CLUSTERS, K = 131_072, 2000, 10

@@ -17,7 +17,8 @@ from clipdist.manifest import File, Manifest, read_manifest
 from clipdist.retry import planned_row
 from clipdist.schema import Stamp, embeddings_schema
 from clipdist.search import Index
-from clipdist.shards import Shards, encode_shard
+from clipdist.shard_writer import encode_shard
+from clipdist.shards import Shards
 from clipdist.update import begin_or_update, is_outdated
 
 DIM, UNIT_ROWS, SHARD_ROWS = 4, 3, 6

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from clipdist.ledger import begin
 from clipdist.manifest import File
 from clipdist.schema import Dtype, Stamp, embeddings_schema
-from clipdist.shards import Shards, encode_shard
+from clipdist.shard_writer import encode_shard
+from clipdist.shards import Shards
 
 Vectors = NDArray[Any]
 DTYPES: tuple[Dtype, ...] = ("float16", "float32")

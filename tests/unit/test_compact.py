@@ -19,7 +19,8 @@ from clipdist.config import UserError
 from clipdist.ledger import Ledger, open_ledger
 from clipdist.manifest import Manifest, read_manifest
 from clipdist.remove import remove
-from clipdist.shards import STAMP_KEY, Shards
+from clipdist.shard_writer import STAMP_KEY
+from clipdist.shards import Shards
 from tests.unit.some_catalog import SHARD_ROWS, Item, changed, embed, held, item, read, rejected, stamp_of
 
 ROOT = Path(__file__).parents[2]

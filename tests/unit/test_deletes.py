@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from clipdist import info, shards, storage
+from clipdist import info, shard_writer, storage
 from clipdist.config import UserError
 from clipdist.deletes import deleted_rows, write_deletes
 from clipdist.evaluate import EvaluateConfig, read_measured
@@ -23,7 +23,8 @@ from clipdist.manifest import Manifest, read_manifest
 from clipdist.schema import Dtype
 from clipdist.scores import exact_scores
 from clipdist.search import Index
-from clipdist.shards import Shards, encode_shard, row_of_id
+from clipdist.shard_writer import encode_shard
+from clipdist.shards import Shards, row_of_id
 from tests.unit.some_shards import DTYPES, Vectors, encoded, some_vectors, stamp_of, vector_table, write_embeddings
 
 COLUMNS = ["id", "caption", "price"]
@@ -73,7 +74,7 @@ def case(request: pytest.FixtureRequest) -> list[int]:
 
 @pytest.fixture
 def small_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "ROW_GROUP", 10)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP", 10)
 
 
 def table_without(uri: str, vectors: Vectors, rows: Sequence[int]) -> tuple[Shards, pa.Table]:

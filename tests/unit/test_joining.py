@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipdist import joining, shards, storage
+from clipdist import joining, shard_writer, storage
 from clipdist.config import UserError
 from clipdist.joining import join_shards
 from clipdist.manifest import Manifest
 from clipdist.schema import Dtype, Stamp
-from clipdist.shards import Shards, row_group_rows
+from clipdist.shard_writer import row_group_rows
+from clipdist.shards import Shards
 from tests.unit.some_shards import DTYPES, Vectors, encoded, some_vectors, stamp_of, vector_table
 
 
@@ -34,7 +35,7 @@ def write_pieces(uri: str, parts: Sequence[Vectors], table: str = "images") -> l
 def test_the_joined_shard_is_that_of_all_rows(
     place: str, sizes: list[int], table: str, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "ROW_GROUP", 10)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP", 10)
     vectors = some_vectors(sum(sizes), 6, dtype=dtype)
     paths = write_pieces(place, np.split(vectors, np.cumsum(sizes)[:-1]), table)
     data, file = join_shards(paths, table, stamp_of(vectors))

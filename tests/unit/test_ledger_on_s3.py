@@ -19,7 +19,7 @@ from clipdist.ledger import begin
 from clipdist.manifest import Manifest, read_manifest
 from clipdist.retry import planned_row, retry_plan
 from clipdist.schema import Stamp, embeddings_schema
-from clipdist.shards import encode_shard
+from clipdist.shard_writer import encode_shard
 from tests.ray.embed_jobs import outcome
 
 ROOT = Path(__file__).parents[2]

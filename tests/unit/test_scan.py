@@ -12,7 +12,7 @@ from clipdist.codes import encode
 from clipdist.kernels import Kernel, find_kernel
 from clipdist.manifest import File
 from clipdist.scan import Part, top_k_by_codes
-from clipdist.shards import RowGroup
+from clipdist.shard_reader import RowGroup
 from clipdist.topk import TopK, top_k
 from tests.unit.test_topk import clustered_rows, last_bit_rows, random_rows, shuffled_ids
 

@@ -25,7 +25,8 @@ from clipdist.manifest import read_manifest
 from clipdist.schema import Dtype, Stamp
 from clipdist.scores import exact_scores
 from clipdist.search import Index
-from clipdist.shards import Shards, encode_shard, row_of_id
+from clipdist.shard_writer import encode_shard
+from clipdist.shards import Shards, row_of_id
 from tests.unit.some_shards import DTYPES, Vectors, encoded, some_vectors, stamp_of, vector_table, write_embeddings
 
 ROOT = Path(__file__).parents[2]
