@@ -12,6 +12,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # or workers start 
 import argparse
 import importlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -41,6 +42,25 @@ EXAMPLES = """examples:
   clipdist vocab runs/pairs                            words of your captions that may deserve a token of their own
 """
 
+
+SEARCH_EXAMPLES = """a QUERY is terms joined by + and -, each a word of its own, with a weight before it where it is not 1.
+The path or URL of a picture is that picture, id:ID a catalog row, all else text.
+
+examples:
+  clipdist search runs/embeddings "red summer dress"
+  clipdist search runs/embeddings "red dress" + ./pool.jpg - 0.5:floral
+  clipdist search runs/embeddings id:15970 --collapse 0.98         more like this one, without near-duplicates
+  clipdist search runs/embeddings --image shoe.jpg --for texts
+  clipdist search runs/embeddings --text dress --text shoes        several queries; each text as it is
+  clipdist search runs/embeddings dress --where "colour = 'red' and price < 50" --min-score 0.2
+  clipdist search runs/embeddings "pink backpack" --top 20 --html hits.html --open
+  clipdist search runs/embeddings --id 15970 --format paths | xargs -d '\\n' cp -t like-15970
+  clipdist search runs/embeddings --interactive --preview
+  clipdist search jobs/search.yaml top=5
+"""
+
+SETTING = re.compile(r"[a-z_][\w.]*=")
+"""A word of a search that is a setting, and no part of the query."""
 
 WRONG_PATH = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 """Errors of the operating system that are a person's mistake; others, such as a full disk, are a fault."""
@@ -80,8 +100,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parsed arguments; `key=value` may also stand behind options."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if wrong := [word for word in rest if "=" not in word or word.startswith("-") or options.command not in JOBS]:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    search = options.command == "search"  # whose query may go on behind options
+    wrong = [word for word in rest if (word.startswith("-") and word != "-") or ("=" not in word and not search)]
+    if wrong or (rest and options.command not in JOBS):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -191,13 +213,7 @@ def _vocab_command(command: argparse.ArgumentParser) -> None:
 
 def _job_epilog(name: str) -> str:
     if name == "search":
-        return (
-            'examples:\n  clipdist search runs/embeddings --text "red summer dress"\n'
-            "  clipdist search runs/embeddings --image shoe.jpg --for texts\n"
-            "  clipdist search runs/embeddings --text dress --where \"colour = 'red' and price < 50\" --min-score 0.2\n"
-            '  clipdist search runs/embeddings --text "pink backpack" --top 20 --html hits.html\n'
-            "  clipdist search jobs/search.yaml top=5\n"
-        )
+        return SEARCH_EXAMPLES
     return (
         f"examples:\n  clipdist {name} jobs/{name}.yaml\n"
         f"  clipdist {name} jobs/{name}.yaml output=runs/other --explain\n"
@@ -208,21 +224,35 @@ def _job_epilog(name: str) -> str:
 def _job_arguments(command: argparse.ArgumentParser, name: str) -> None:
     what = "EMBEDDINGS folder, or a CONFIG.yaml" if name == "search" else "a CONFIG.yaml"
     command.add_argument("config", nargs="?", help=what)
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file's")
+    words = "QUERY ... key=value" if name == "search" else "key=value"
+    command.add_argument("overrides", nargs="*", metavar=words, help="key=value: values that win over the file's")
     command.add_argument("--explain", action="store_true", help="print every value, its origin and meaning, and stop")
     command.add_argument(
         "--dry-run", action="store_true", help="check everything on a few rows, write nothing, and stop"
     )
     if name == "search":
-        command.add_argument("--text", action="append", default=[], help="a query text; may be given several times")
-        command.add_argument("--image", action="append", default=[], help="a query picture: a path or an http(s) URL")
-        command.add_argument("--for", dest="find", choices=("images", "texts"), help="what to find (images)")
-        command.add_argument("--top", type=int, help="hits per query (10)")
-        command.add_argument("--where", metavar="CONDITION", help="only rows that fit, such as \"colour = 'red'\"")
-        command.add_argument("--min-score", type=float, help="no hits with a lower score")
-        command.add_argument("--model", help="the model, when it is no longer where the embeddings' stamp says")
-        command.add_argument("--format", choices=("table", "json"), help="how hits are printed (table)")
-        command.add_argument("--html", metavar="FILE", help="also write a gallery with pictures")
+        _search_arguments(command)
+
+
+def _search_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--text", action="append", default=[], help="a query text; may be given several times")
+    add("--image", action="append", default=[], help="a query picture: a path or an http(s) URL")
+    add("--id", action="append", default=[], help="a catalog row: what is like it, itself left out")
+    add("--for", dest="find", choices=("images", "texts"), help="what to find (images)")
+    add("--top", type=int, help="hits per query (10)")
+    add("--offset", type=int, help="how many of the best hits to pass over (0)")
+    add("--where", metavar="CONDITION", help="only rows that fit, such as \"colour = 'red' and price < 50\"")
+    add("--min-score", type=float, help="no hits with a lower score")
+    add("--collapse", type=float, metavar="COSINE", help="leave out near-duplicates of better hits, such as from 0.98")
+    add("--model", help="the model, when it is no longer where the embeddings' stamp says")
+    add("--device", help="cpu (the default), or cuda for a GPU")
+    add("--format", choices=("table", "json", "paths"), help="how hits are printed (table)")
+    add("--html", metavar="FILE", help="also write a gallery with pictures")
+    add("--sheet", metavar="FILE.png", help="also write a contact sheet")
+    add("--open", action="store_const", const=True, help="show the gallery in the browser")
+    add("--preview", action="store_const", const=True, help="show the pictures in the terminal, where it can")
+    add("--interactive", action="store_const", const=True, help="ask for queries; the model stays loaded")
 
 
 def load_job(name: str, path: str | None, overrides: Sequence[str]) -> Loaded[Any]:
@@ -272,22 +302,18 @@ def _print_outcome(command: str, module: Any, config: Any, result: Any) -> None:
 
 
 def _run_search(options: argparse.Namespace) -> int:
-    path, overrides = options.config, list(options.overrides)
+    path, words = options.config, list(options.overrides)
     if path is not None and "=" in path and not os.path.exists(path):
-        path, overrides = None, [path, *overrides]
-    elif path is not None and not path.endswith((".yaml", ".yml")):
+        path, words = None, [path, *words]
+    overrides = [word for word in words if SETTING.match(word)]
+    query = [word for word in words if not SETTING.match(word)]
+    if path is not None and not path.endswith((".yaml", ".yml")):
         path, overrides = None, [f"embeddings={json.dumps(path)}", *overrides]
-    flags = {
-        "find": options.find,
-        "top": options.top,
-        "where": options.where,
-        "min_score": options.min_score,
-        "format": options.format,
-        "html": options.html,
-        "model": options.model,
-    }
-    flags |= {"texts": options.text or None, "images": options.image or None}
-    overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    flags = ("find", "top", "offset", "where", "min_score", "collapse", "device", "format", "html", "sheet", "model")
+    given = {name: getattr(options, name) for name in (*flags, "open", "preview", "interactive")}
+    given |= {"texts": options.text or None, "images": options.image or None, "ids": options.id or None}
+    given |= {"queries": [" ".join(query)] if query else None}
+    overrides += [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     return _run_loaded(options, load_job("search", path, overrides))
 
 

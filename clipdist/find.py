@@ -1,22 +1,28 @@
-"""The search job: queries -> hits, as a table, JSON lines or a gallery with pictures."""
+"""The search command: queries -> hits, as a table, JSON lines, paths, or pictures."""
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
+import webbrowser
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from pydantic import Field
 
-from clipdist.config import Section, UserError
-from clipdist.gallery import Section as GallerySection
-from clipdist.gallery import Tile, gallery
-from clipdist.hits import Hit
-from clipdist.report import table
-from clipdist.searcher import Searcher, open_picture
-
-Find = Literal["images", "texts"]
+from clipdist import query as queries
+from clipdist import terminal
+from clipdist.config import Section, UserError, together
+from clipdist.gallery import contact_sheet, gallery
+from clipdist.hits import Hits
+from clipdist.interactive import Interactive
+from clipdist.query import Query
+from clipdist.report import one_line, table
+from clipdist.searcher import Find, Searcher
 
 
 class SearchConfig(Section):
@@ -24,103 +30,168 @@ class SearchConfig(Section):
 
     embeddings: str
     """What `embed` made."""
+    queries: tuple[str, ...] = ()
+    """Queries of terms: "red dress + ./pool.jpg - 0.5:floral"; a path or URL is a picture, id:15970 a catalog row."""
     texts: tuple[str, ...] = ()
-    """Query texts."""
+    """Query texts, taken as they are."""
     images: tuple[str, ...] = ()
     """Query pictures: paths or http(s) URLs."""
+    ids: tuple[str, ...] = ()
+    """Catalog rows: what is like them, themselves left out."""
     find: Find = "images"
-    """What picture queries find: images like them, or texts that fit them. Texts find images."""
+    """What is found: pictures, or texts."""
     top: int = Field(10, ge=1)
     """Hits per query."""
+    offset: int = Field(0, ge=0)
+    """How many of the best hits are passed over."""
     where: str | None = None
     """Only rows that fit: a condition over the columns, such as "colour = 'red' and price < 50"."""
     min_score: float | None = None
     """No hits with a lower score."""
+    collapse: float | None = Field(None, gt=0, le=1)
+    """A hit whose cosine with a better one is at least this is a near-duplicate, and left out."""
     model: str | None = None
     """Where the model lies, when it is no longer where the embeddings' stamp says."""
-    format: Literal["table", "json"] = "table"
-    """A table for people, or one JSON object per query."""
+    device: str = "cpu"
+    """Where the model and the codes of the vectors are: cpu, or cuda for a GPU."""
+    format: Literal["table", "json", "paths"] = "table"
+    """A table for people, one JSON object per query, or the picture's place, one hit per line."""
     html: str | None = None
     """Also write a gallery with pictures to this file."""
+    sheet: str | None = None
+    """Also write a contact sheet to this PNG file."""
+    open: bool = False
+    """Show the gallery in the browser."""
+    preview: bool = False
+    """Show the pictures in the terminal, where it can."""
+    interactive: bool = False
+    """Ask for queries until the end of input; the model stays loaded."""
     allow_private_hosts: bool = False
     """Whether picture URLs may lead to addresses inside your network."""
+
+    def asked(self) -> list[Query]:
+        """Every query, in the order of the fields. UserError with all that are wrong."""
+        found = together(*(partial(queries.parse, text) for text in self.queries))
+        if not all(text.strip() for text in self.texts):
+            raise UserError("texts: a query text is empty")
+        found += [Query.text(text) for text in self.texts]
+        found += [Query.image(name) for name in self.images]
+        return found + [Query.id(row_id) for row_id in self.ids]
 
 
 def run(config: SearchConfig) -> None:
     """Prints the hits of every query. UserError for a query that cannot be read, before any is answered."""
-    if not config.texts and not config.images:
-        raise UserError("give a query: --text TEXT or --image FILE_OR_URL")
-    if config.texts and config.find == "texts":
-        raise UserError("texts find images; --for texts is for picture queries")
-    _check_writable(config.html)
-    pictures = {name: open_picture(name, allow_private_hosts=config.allow_private_hosts) for name in config.images}
-    searcher = Searcher(config.embeddings, config.model, allow_private_hosts=config.allow_private_hosts)
-    answers: list[tuple[str, Sequence[Hit]]] = []
-    for text in config.texts:
-        answers.append((text, _good(config, searcher.find_image_from_text(text, config.top, config.where))))
-    for name, picture in pictures.items():
-        find = searcher.find_image_from_image if config.find == "images" else searcher.find_text_from_image
-        answers.append((name, _good(config, find(picture, config.top, config.where))))
-    for query, hits in answers:
-        _print(config, query, hits)
-    if config.html is not None:
-        _write_gallery(config, answers, pictures)
-
-
-def _good(config: SearchConfig, hits: Sequence[Hit]) -> Sequence[Hit]:
-    return hits if config.min_score is None else [hit for hit in hits if hit.score >= config.min_score]
+    asked = config.asked()
+    if not asked and not config.interactive:
+        raise UserError('give a query: clipdist search EMBEDDINGS "red dress", or --text, --image, --id; see --help')
+    _check_writable({"html": config.html, "sheet": config.sheet})
+    searcher = _searcher(config)
+    asked = together(*(partial(query.opened, searcher.open_picture) for query in asked))
+    answers = [_find(config, searcher, query) for query in asked]
+    for hits in answers:
+        _print(config, hits, config.offset)
+    if config.html or config.open:
+        pictures = [_own_picture(query) for query in asked]
+        _write_gallery(config, answers, pictures, config.html, config.open)
+    if config.sheet:
+        contact_sheet([(hits.query, hits.tiles()) for hits in answers], Path(config.sheet), title="Search")
+    if config.interactive:
+        _interact(config, searcher)
 
 
 def dry_run(config: SearchConfig) -> list[tuple[str, str]]:
-    searcher = Searcher(config.embeddings, config.model)
-    return [("model", f"{searcher.towers.dim} dimensions, the one that made the embeddings")]
+    config.asked()
+    searcher = _searcher(config)
+    rows = [(name, f"{len(index):,} vectors") for name, index in (("images", searcher.images),)]
+    dim = searcher.encoder.towers.dim
+    return [("model", f"{dim} dimensions, the one that made the embeddings"), *rows]
 
 
 def derived(config: SearchConfig) -> list[tuple[str, str]]:
-    return [("queries", f"{len(config.texts)} texts, {len(config.images)} pictures")]
+    return [("queries", str(len(config.asked())))]
 
 
-def _print(config: SearchConfig, query: str, hits: Sequence[Hit]) -> None:
+def _searcher(config: SearchConfig) -> Searcher:
+    return Searcher(
+        config.embeddings, config.model, device=config.device, allow_private_hosts=config.allow_private_hosts
+    )
+
+
+def _find(config: SearchConfig, searcher: Searcher, query: Query) -> Hits:
+    return searcher.find(
+        query,
+        config.top,
+        config.find,
+        where=config.where,
+        offset=config.offset,
+        min_score=config.min_score,
+        collapse=config.collapse,
+    )
+
+
+def _interact(config: SearchConfig, searcher: Searcher) -> None:
+    def open_gallery(hits: Hits, path: str | None) -> None:
+        _check_writable({"html": path})
+        _write_gallery(config, [hits], [None], path, path is None)
+
+    def show(hits: Hits, offset: int) -> None:
+        _print(config, hits, offset)
+
+    settings = (config.find, config.top, config.where, config.min_score, config.collapse)
+    Interactive(searcher, show, open_gallery, *settings).run()
+
+
+def _print(config: SearchConfig, hits: Hits, offset: int) -> None:
     if config.format == "json":
-        found = [
-            {
-                "id": h.id,
-                "score": h.score,
-                "description": h.description,
-                "image_uri": h.image_uri,
-                **h.columns,
-            }
-            for h in hits
-        ]
-        print(json.dumps({"query": query, "hits": found}, ensure_ascii=False, default=str))
+        found = {"query": hits.query, "hits": [hit.to_json() for hit in hits]}
+        print(json.dumps(found, ensure_ascii=False, default=str))
         return
-    rows = [[rank, f"{hit.score:.4f}", hit.id, hit.description or ""] for rank, hit in enumerate(hits, 1)]
-    if not rows:
-        least = "" if config.min_score is None else f" with a score of at least {config.min_score}"
-        print(f"{query}\nno hits{least}\n")
+    if config.format == "paths":
+        for hit in hits:
+            print(one_line((hit.image_uri or "").removeprefix("file://")))
         return
-    print(f"{query}\n{table(['rank', 'score', 'id', 'description'], rows, max_width=118)}\n")
+    how = terminal.protocol(sys.stdout) if config.preview else None
+    if how is not None and len(hits):
+        terminal.show(hits.tiles(), sys.stdout, how)
+    rows = [[rank, f"{hit.score:.4f}", hit.id, hit.description or ""] for rank, hit in enumerate(hits, 1 + offset)]
+    least = "" if config.min_score is None else f" with a score of at least {config.min_score}"
+    shown = table(["rank", "score", "id", "description"], rows, max_width=118) if rows else f"no hits{least}"
+    print(f"{one_line(hits.query)}\n{shown}\n", flush=True)
 
 
-def _check_writable(html: str | None) -> None:
-    """UserError before the work and not after it, when the gallery's file cannot be written."""
-    if html is None:
-        return
-    path = Path(html)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        path.open("ab").close()
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"html: {path}: cannot be written: {error.strerror}") from None
+def _check_writable(files: dict[str, str | None]) -> None:
+    """UserError before the work and not after it, when a file cannot be written."""
+    problems = []
+    for name, file in files.items():
+        if file is None:
+            continue
+        path = Path(file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()
+        except OSError as error:
+            problems.append(f"{name}: {path}: cannot be written: {error.strerror}")
+    if problems:
+        raise UserError(*problems)
 
 
-def _write_gallery(config: SearchConfig, answers: Sequence[tuple[str, Sequence[Hit]]], pictures: dict) -> None:  # type: ignore[type-arg]
-    path = Path(config.html or "")
-    sections = []
-    for query, hits in answers:
-        tiles = [Tile(hit.picture_or_none(), hit.description or "", hit.score, id=hit.id) for hit in hits]
-        sections.append(GallerySection(query, tiles, picture=pictures.get(query)))
-    gallery(path, title="Search", intro=f"{config.embeddings}", sections=sections)
+def _own_picture(query: Query) -> Image.Image | None:
+    """What a query of one picture shows beside its name."""
+    return query.terms[0].value if len(query.terms) == 1 and query.terms[0].kind == "image" else None
+
+
+def _write_gallery(
+    config: SearchConfig,
+    answers: Sequence[Hits],
+    pictures: Sequence[Image.Image | None],
+    html: str | None,
+    show: bool,
+) -> None:
+    path = Path(html or Path(tempfile.mkdtemp(prefix="clipdist-")) / "hits.html")
+    sections = [hits.section(picture) for hits, picture in zip(answers, pictures, strict=True)]
+    gallery(path, title="Search", intro=config.embeddings, sections=sections)
+    if show and not webbrowser.open(path.absolute().as_uri()):
+        print(f"no browser was found; the gallery is {path}", file=sys.stderr)

@@ -11,6 +11,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -232,6 +233,22 @@ def gallery(
         sections=[_page_section(each) for each in sections],
     )
     Path(path).write_text(page, encoding="utf-8")
+
+
+def strip_html(heading: str, tiles: Sequence[Tile]) -> str:
+    """Pictures side by side as a piece of HTML, for a notebook. All text is escaped."""
+    figure = (
+        '<figure style="display:inline-block;width:160px;margin:4px;vertical-align:top;font:12px sans-serif">'
+        '<img src="{}" alt="" style="width:160px;height:160px;object-fit:contain">'
+        "<figcaption>{} {}<br>{}</figcaption></figure>"
+    )
+    shown = [
+        figure.format(
+            _jpeg_uri(tile.picture), rank, "" if tile.score is None else f"{tile.score:.4f}", escape(tile.caption)
+        )
+        for rank, tile in enumerate(tiles, 1)
+    ]
+    return f"<div><p>{escape(heading)}</p>{''.join(shown) or 'no hits'}</div>"
 
 
 def _page_section(section: Section) -> dict[str, object]:

@@ -1,32 +1,41 @@
-"""Text, a picture, a path or a URL -> hits with description, score and picture. The model is loaded once."""
+"""Text, a picture, a path, a URL or a catalog id -> hits with description, score and picture."""
 
 from __future__ import annotations
 
 import io
+import os
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from clipdist import images, models, storage
-from clipdist.config import UserError, differences
+from clipdist import images, storage
+from clipdist.cache import DiskCache
+from clipdist.config import UserError
 from clipdist.hits import Hit, Hits
 from clipdist.images import BadImage
 from clipdist.manifest import read_manifest
-from clipdist.models import ModelConfig
 from clipdist.pictures import read_picture
+from clipdist.query import Picture, Query, Term
 from clipdist.search import Index, Where
-from clipdist.towers import Towers
 
-Picture = str | Path | Image.Image
+if TYPE_CHECKING:
+    from clipdist.query_encoder import QueryEncoder
+
+Find = Literal["images", "texts"]
 
 
 class Searcher:
-    """Searches one embeddings artefact with the model that made it."""
+    """Searches one embeddings artefact. The model that made it is loaded with the first text or picture that is asked,
+    and kept; queries by catalog id or by vector need neither model nor torch.
+
+    Every search takes `k` hits and: `where`, only rows that fit; `offset`, how many of the best to pass over;
+    `min_score`; `collapse`, the cosine from which on a hit is a near-duplicate of a better one and left out (see
+    `Index.search`).
+    Raises UserError for a query that cannot be read, and for a model other than the one that made the embeddings.
+    """
 
     def __init__(
         self,
@@ -35,93 +44,118 @@ class Searcher:
         *,
         device: str = "cpu",
         allow_private_hosts: bool = False,
+        cache: DiskCache | None = None,
     ) -> None:
-        """`model`: only when it is no longer where it was; UserError when its weights or preprocessing differ."""
-        self.uri, self.allow_private_hosts = embeddings, allow_private_hosts
-        stamp = read_manifest(storage.absolute(embeddings), "embeddings").stamp
-        record = stamp.recorded
-        config = ModelConfig(
-            name=model or record["model"],
-            pretrained=None if model else record["pretrained"],
-            image_size=None if model else record["image_size"],
-        )
-        self.device = torch.device(device)
-        try:
-            self.towers: Towers = models.load(config).to(self.device).requires_grad_(False)
-        except UserError as error:
-            hint = "" if model else f"\n  {embeddings} was made by this model; if it moved, say where: --model PATH"
-            raise UserError(f"{error}{hint}") from None
-        ours = {"weights_sha256": models.weights_sha256(config, self.towers), "dim": self.towers.dim}
-        ours |= {"decode": images.DECODE_ID, **self.towers.identity()}
-        found = differences(ours, {name: stamp.identity[name] for name in ours})
-        if found:
-            lines = [f"  {name}: {there} in the embeddings, {now} in the model" for name, now, there in found]
-            raise UserError("\n".join([f"{embeddings}: made by another model than {config.name}:", *lines]))
+        """`model`: where the model lies, only when it is no longer where it was."""
+        self.uri, self.model, self.device, self.cache = embeddings, model, device, cache
+        self.allow_private_hosts = allow_private_hosts
+        self.stamp = read_manifest(storage.absolute(embeddings), "embeddings").stamp
+
+    @cached_property
+    def encoder(self) -> QueryEncoder:
+        from clipdist.query_encoder import QueryEncoder  # torch and open_clip: seconds
+
+        return QueryEncoder(self.uri, self.stamp, self.model, self.device)
 
     @cached_property
     def images(self) -> Index:
-        return Index.open(self.uri, "images")
+        return Index.open(self.uri, "images", cache=self.cache, device=self.device)
 
     @cached_property
     def texts(self) -> Index:
-        return Index.open(self.uri, "texts")
+        return Index.open(self.uri, "texts", cache=self.cache, device=self.device)
 
-    def find_image_from_text(self, text: str, k: int = 10, where: Where | None = None) -> Hits:
-        """The k pictures nearest to a text; with `where`, of those rows that fit (see `Index.search`)."""
-        return _hits(self.images, text, self.embed_text(text), k, where)
+    def find_image_from_text(self, text: str, k: int = 10, where: Where | None = None, **more: Any) -> Hits:
+        """The k pictures nearest to a text."""
+        return self.find(Query.text(text), k, where=where, **more)
 
-    def find_text_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> Hits:
-        """The k captions nearest to a picture: a path, an http(s) URL, or a PIL image."""
-        return _hits(self.texts, _name(picture), self.embed_image(picture), k, where)
+    def find_text_from_image(self, picture: Picture, k: int = 10, where: Where | None = None, **more: Any) -> Hits:
+        """The k captions nearest to a picture: a path, an http(s) URL, a PIL picture or an array of pixels."""
+        return self.find(Query.image(picture), k, "texts", where=where, **more)
 
-    def find_image_from_image(self, picture: Picture, k: int = 10, where: Where | None = None) -> Hits:
+    def find_image_from_image(self, picture: Picture, k: int = 10, where: Where | None = None, **more: Any) -> Hits:
         """The k pictures nearest to a picture; a catalog picture finds itself first."""
-        return _hits(self.images, _name(picture), self.embed_image(picture), k, where)
+        return self.find(Query.image(picture), k, where=where, **more)
+
+    def find_image_from_id(self, row_id: str, k: int = 10, where: Where | None = None, **more: Any) -> Hits:
+        """More like this one: the k pictures nearest to a catalog picture, itself left out."""
+        return self.find(Query.id(row_id), k, where=where, **more)
+
+    def find(
+        self,
+        query: Any,
+        k: int = 10,
+        find: Find = "images",
+        *,
+        where: Where | None = None,
+        offset: int = 0,
+        min_score: float | None = None,
+        collapse: float | None = None,
+    ) -> Hits:
+        """The k pictures or texts nearest to any query (`clipdist.query.Query`, or what `Query.of` takes). Rows that
+        are asked with by their ids are left out."""
+        asked = Query.of(query)
+        if k < 1 or offset < 0:
+            raise UserError(f"expected at least 1 hit and an offset of at least 0, got {k} and {offset}")
+        index = self.images if find == "images" else self.texts
+        wanted = offset + k + len(asked.ids)
+        found = index.search(self.vector(asked), wanted, where, min_score=min_score, collapse=collapse)
+        own = asked.ids if find == "images" else set()
+        kept = [place for place, row_id in enumerate(found.ids[0]) if row_id not in own][offset : offset + k]
+        described = index.describe(found.rows[0][kept])
+        hits = (self._hit(row, found.scores[0][place]) for row, place in zip(described, kept, strict=True))
+        return Hits(str(asked), tuple(hits))
+
+    def vector(self, query: Any) -> NDArray[np.float32]:
+        """The L2-normalised vector of a query, float32 [dim]."""
+        return Query.of(query).vector(self._embed)
 
     def embed_text(self, text: str) -> NDArray[np.float32]:
-        """L2-normalised float32 [dim]. UserError when the text is empty."""
-        if not text.strip():
-            raise UserError("the query text is empty")
-        with torch.inference_mode():
-            tokens = self.towers.tokenise([text]).to(self.device)
-            return np.asarray(self.towers.text_embeddings(tokens)[0].float().cpu().numpy())
+        return self.encoder.text(text)
 
     def embed_image(self, picture: Picture) -> NDArray[np.float32]:
-        """L2-normalised float32 [dim]. UserError with the reason when the picture cannot be read."""
-        pixels = self.towers.preprocess(open_picture(picture, allow_private_hosts=self.allow_private_hosts))
-        with torch.inference_mode():
-            batch = torch.from_numpy(pixels)[None].to(self.device)
-            return np.asarray(self.towers.image_embeddings(batch)[0].float().cpu().numpy())
+        return self.encoder.image(self.open_picture(picture))
+
+    def open_picture(self, picture: Picture) -> Image.Image:
+        return open_picture(picture, allow_private_hosts=self.allow_private_hosts)
+
+    def _embed(self, term: Term) -> NDArray[Any]:
+        match term.kind:
+            case "text":
+                return self.embed_text(term.value)
+            case "image":
+                return self.embed_image(term.value)
+            case "id":
+                try:
+                    return self.images.vector(term.value)
+                except KeyError:
+                    raise UserError(f'{self.uri}: no picture has the id "{term.value}"') from None
+        if len(term.value) != self.images.dim:
+            raise UserError(f"a vector of {len(term.value)} numbers; {self.uri} has {self.images.dim} dimensions")
+        return np.asarray(term.value)
+
+    def _hit(self, row: dict[str, Any], score: float) -> Hit:
+        own = ("id", "caption", "image_uri")
+        columns = {name: value for name, value in row.items() if name not in own and value is not None}
+        return Hit(row["id"], row["caption"], float(score), row["image_uri"], columns, self.allow_private_hosts)
 
 
 def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Image.Image:
     """A query picture, decoded as the catalog's are. UserError with the reason when that fails."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or 0 in picture.shape:
+            shape = f"{picture.dtype} {list(picture.shape)}"
+            raise UserError(f"an array of pixels must be uint8 [height, width] or [height, width, 3], not {shape}")
+        picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         upright, buffer = ImageOps.exif_transpose(picture), io.BytesIO()
         plain = upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "HSV", "LAB", "F") else upright
         plain.save(buffer, "PNG")
         return images.decode(buffer.getvalue())  # transparency and 16 bits as in the catalog
     name = str(picture)
-    uri = name if name.startswith(("http://", "https://")) else storage.absolute(name)
+    web = name.lower().startswith(("http://", "https://"))
+    uri = name if web else storage.absolute(os.path.expanduser(name))
     try:
         return images.decode(read_picture(uri, allow_private_hosts=allow_private_hosts))
     except BadImage as error:
         raise UserError(f"{name}: {error.reason}: {error}") from None
-
-
-def _name(picture: Picture) -> str:
-    return "picture" if isinstance(picture, Image.Image) else str(picture)
-
-
-def _hits(index: Index, name: str, query: NDArray[np.float32], k: int, where: Where | None) -> Hits:
-    if k < 1:
-        raise UserError(f"k: expected at least 1, got {k}")
-    found = index.search(query, k, where)
-    described = zip(index.describe(found.rows[0]), found.scores[0], strict=True)
-    return Hits(name, tuple(_hit(row, score) for row, score in described))
-
-
-def _hit(row: dict[str, Any], score: float) -> Hit:
-    own = ("id", "caption", "image_uri")
-    columns = {name: value for name, value in row.items() if name not in own and value is not None}
-    return Hit(row["id"], row["caption"], float(score), row["image_uri"], columns)

@@ -93,7 +93,11 @@ LEARN = [
     "history",
     "starter",
     "hits",
+    "query",
+    "query_encoder",
     "searcher",
+    "terminal",
+    "interactive",
 ]
 RAY = [
     "runtime",
