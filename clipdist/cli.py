@@ -43,8 +43,8 @@ EXAMPLES = """examples:
 """
 
 
-SEARCH_EXAMPLES = """a QUERY is terms joined by + and -, each a word of its own, with a weight before it where it is not 1.
-The path or URL of a picture is that picture, id:ID a catalog row, all else text.
+SEARCH_EXAMPLES = """a QUERY is terms joined by + and -, each a word of its own, with a weight before it where it is not
+1. The path or URL of a picture is that picture, id:ID a catalog row, all else text.
 
 examples:
   clipdist search runs/embeddings "red summer dress"

@@ -19,8 +19,8 @@ from clipdist.config import UserError
 Picture: TypeAlias = "str | Path | Image.Image | NDArray[np.uint8]"
 Kind = Literal["text", "image", "id", "vector"]
 
-_WEIGHT = re.compile(r"(?P<weight>\d+\.?\d*|\.\d+)\s*:\s*(?=\S)")
-_JOINED = re.compile(r"\s+([+-])\s+")
+_WEIGHT = re.compile(r"(?P<weight>\d+\.?\d*|\.\d+)\s*:\s*")
+_JOINED = re.compile(r"(?<!\S)([+-])(?!\S)")
 _PICTURE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _SMALLEST = 1e-6  # norm of a sum of unit vectors that still points somewhere
 
@@ -127,7 +127,7 @@ class Query:
                 raise UserError(f"{term}: its vector is zero or not finite, so it points nowhere")
             total = total + term.weight * vector / length
         length = float(np.linalg.norm(total))
-        if length < _SMALLEST * sum(abs(term.weight) for term in self.terms):
+        if length <= _SMALLEST * sum(abs(term.weight) for term in self.terms):
             raise UserError(f"{self}: the terms cancel each other out; nothing is left to search for")
         return np.asarray(total / length, np.float32)
 
@@ -138,7 +138,8 @@ def parse(text: str) -> Query:
     all else is text, also in double quotes. UserError for an empty term."""
     first, *pieces = _JOINED.split(text.strip())
     query = Query(())
-    for sign, value in zip(["+", *pieces[0::2]], [first, *pieces[1::2]], strict=True):
+    terms = list(zip(["+", *pieces[0::2]], [first, *pieces[1::2]], strict=True))
+    for sign, value in terms[1:] if pieces and not first else terms:
         term = _term(value.strip(), text)
         query = query - term if sign == "-" else query + term
     return query
