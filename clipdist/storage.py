@@ -129,10 +129,11 @@ def read_bytes(path: str, start: int | None = None, end: int | None = None) -> b
     return _patiently(fs, path, lambda: _read(fs, inner, start, end))
 
 
-def open_read(path: str) -> Any:
-    """A seekable binary file."""
+def open_read(path: str, buffered: bool = True) -> Any:
+    """A seekable binary file. Not `buffered`: a store is asked for just the bytes that are read, and no more ahead."""
     fs, inner = filesystem(path)
-    file = _patiently(fs, path, lambda: fs.open(inner, "rb"))
+    settings = {} if buffered or isinstance(fs, LocalFileSystem) else {"cache_type": "none"}
+    file = _patiently(fs, path, lambda: fs.open(inner, "rb", **settings))
     cache: Any = getattr(file, "cache", None)  # of every remote file; what it does not hold it asks its fetcher for
     if not isinstance(fs, LocalFileSystem) and getattr(cache, "fetcher", None):
         real, limit = cache.fetcher, patience.limit()  # pyarrow reads in threads of its own

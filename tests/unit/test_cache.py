@@ -58,6 +58,13 @@ def test_too_large_unwritable_and_full(tmp_path: Path, monkeypatch: pytest.Monke
     assert full.size_bytes() == 0
 
 
+def test_a_folder_of_another_user_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    assert isinstance(cache.entry("key", 4, fill(4)), Path)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert cache.entry("key", 4, fill(4, b"y")) == b"yyyy"
+
+
 def test_a_fault_of_whoever_makes_it_is_told(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 1000)
 
