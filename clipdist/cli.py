@@ -194,8 +194,9 @@ def _upkeep_commands(commands: Any) -> None:
 
 def _cache_command(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Where this machine keeps what searches read from a store, and the codes of their first pass. With EMBEDDINGS,\n"
-        "brings all of a store's embeddings there ahead of the first search; may be stopped and goes on where it was."
+        "Where this machine keeps what searches read from a store, and the codes of their first pass. With\n"
+        "EMBEDDINGS, brings all of a store's embeddings there ahead of the first search; may be stopped and goes on\n"
+        "where it was."
     )
     command.epilog = "examples:\n  clipdist cache\n  clipdist cache s3://bucket/embeddings\n  clipdist cache --clear\n"
     command.formatter_class = argparse.RawDescriptionHelpFormatter
