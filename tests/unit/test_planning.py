@@ -74,6 +74,14 @@ def test_every_wrong_column_is_told_at_once_with_the_one_meant(tmp_path: Path) -
     ]
 
 
+def test_a_column_in_capitals_is_found_close(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("ID, Image\n")
+    with pytest.raises(UserError) as caught:
+        planning.check_columns(open_source(SourceConfig(path=str(tmp_path / "t.csv"))), ColumnsConfig(), ())
+    hints = [problem.partition("; ")[2].partition(" (")[0] for problem in caught.value.problems]
+    assert hints == ['did you mean " Image"?', 'did you mean "ID"?']
+
+
 def test_right_columns_are_silent(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     planning.check_columns(open_source(SourceConfig(path=str(tmp_path))), ColumnsConfig(), ("{text}",))
