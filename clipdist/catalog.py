@@ -96,6 +96,8 @@ class EmbedConfig(Section):
             raise ValueError("towers: name each tower once")
         if (self.pairs is None) == (self.catalog is None):
             raise ValueError("give either pairs or catalog" + ("" if self.pairs is None else ", not both"))
+        if self.catalog is not None and self.towers == ("texts",) and not self.catalog.captions:
+            raise ValueError("catalog.captions: give templates; without any there is no text to embed")
         if self.update and self.retry_rejected:
             raise ValueError("give either update or retry_rejected; an update tries the rejected rows of its input too")
         return self
@@ -127,7 +129,8 @@ class Input:
         assert self.source is not None
         assert self.config.catalog is not None
         columns, captions = self.config.catalog.columns, self.config.catalog.captions
-        how = {"need_caption": False, "first_only": first_rows is not None}
+        # Without a caption a row is a picture only, and where there are no pictures nothing: a reject.
+        how = {"need_caption": "images" not in self.config.towers, "first_only": first_rows is not None}
         nothing_held_out = SplitConfig(validation=0.0)
         return planning.plan_units(self.source, columns, captions, nothing_held_out, size, **how)
 
@@ -156,7 +159,8 @@ def open_input(config: EmbedConfig) -> Input:
     if config.catalog is not None:
         refuse_inside(config.catalog.source, config.output)
         source = open_source(config.catalog.source)
-        planning.check_columns(source, config.catalog.columns, config.catalog.captions)
+        need_picture = "images" in config.towers
+        planning.check_columns(source, config.catalog.columns, config.catalog.captions, need_picture=need_picture)
         return Input(config, source, None)
     assert config.pairs is not None
     manifest = read_manifest(storage.absolute(config.pairs), "pairs")

@@ -182,8 +182,9 @@ def _upkeep_commands(commands: Any) -> None:
         help="join small files of embeddings, and drop deleted rows for good",
         description=(
             "Joins the small files that updates leave into files of `shard_rows` rows, and drops deleted rows for\n"
-            "good. Vectors keep their bits. May be stopped at any time; the same command goes on. The files of before\n"
-            "stay until the next change, for those who still read them."
+            "good. A file that needs no joining is left as it is until 5 % of its rows are deleted. Vectors keep\n"
+            "their bits. May be stopped at any time; the same command goes on. The files of before stay until the\n"
+            "next change, for those who still read them."
         ),
         epilog="examples:\n  clipdist compact runs/embeddings\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -42,7 +42,8 @@ class Compacted:
 
     def show(self) -> str:
         if self.before is self.after:
-            return f"nothing to do: {_size(self.after)}"
+            few = f", fewer than {FEW_DELETED:.0%} of each file" if sum(self.after.deleted.values()) else ""
+            return f"nothing to do: {_size(self.after)}{few}"
         return f"before  {_size(self.before)}\nafter   {_size(self.after)}"
 
 

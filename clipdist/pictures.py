@@ -21,6 +21,8 @@ simplecache::http://, and would reach hosts that `fetch` refuses."""
 
 PATIENCE_SECONDS = 40.0
 """How long a store is asked for a picture: shorter than for a job's own files, as one row can be rejected."""
+OUTAGE_SECONDS = patience.SECONDS
+"""A store that has not answered for so long is asked once for each picture, or a unit would wait for many minutes."""
 DENIALS, BELIEVED_AFTER = 2, 20
 """A denial is tried again so often, since S3 also denies under load; in no process more than so many times in vain."""
 
@@ -32,14 +34,20 @@ def read_picture(uri: str | None, *, max_image_bytes: int = 50 << 20, allow_priv
     """The encoded picture. Raises BadImage with the reason when it is missing, denied, unreachable or too large."""
     if not uri:
         raise BadImage("missing", "the row names no picture")
+    store, started = "/".join(uri.split("/")[:3]), time.monotonic()
+    seconds = min(PATIENCE_SECONDS, max(0.0, _down_since.get(store, started) + OUTAGE_SECONDS - started))
     try:
         if uri.lower().startswith(("http://", "https://")):
             return fetch(uri, max_bytes=max_image_bytes, allow_private_hosts=allow_private_hosts)
-        with patience.at_most(PATIENCE_SECONDS, DENIALS if _denied.in_vain < BELIEVED_AFTER else 0):
-            return _read(uri, max_image_bytes)
+        with patience.at_most(seconds, DENIALS if _denied.in_vain < BELIEVED_AFTER else 0):
+            data = _read(uri, max_image_bytes)
+        _down_since.pop(store, None)
+        return data
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # whatever a store's client or a name out of somebody's table raises is one row's reject
+        if isinstance(error, patience.StoreDown):
+            _down_since.setdefault(store, started)
         raise _bad(uri, error) from None
 
 
@@ -88,6 +96,8 @@ class _Denied:
 
 
 _denied = _Denied()
+_down_since: dict[str, float] = {}
+"""By scheme and bucket: when the first picture was asked for that did not come; until one does."""
 
 
 def _check_size(size: int, limit: int) -> None:

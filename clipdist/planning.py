@@ -75,12 +75,14 @@ class SplitConfig(Section):
         return self
 
 
-def check_columns(source: Source, columns: ColumnsConfig, captions: tuple[str, ...]) -> None:
+def check_columns(
+    source: Source, columns: ColumnsConfig, captions: tuple[str, ...], *, need_picture: bool = True
+) -> None:
     """UserError naming every column that is asked for and not there, and every broken template."""
     if source.kind == "webdataset":
         return  # the JSON members of a tar may hold any field
     wanted: dict[str, Sequence[str]] = {}
-    if source.kind in ("csv", "jsonl", "parquet"):
+    if need_picture and source.kind in ("csv", "jsonl", "parquet"):
         wanted["source.image_column"] = [source.config.image_column]
     for name in ("id", "group", "split"):
         if (column := getattr(columns, name)) is not None:

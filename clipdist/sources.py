@@ -132,7 +132,8 @@ def open_source(config: SourceConfig) -> Source:
     root = storage.absolute(config.path)
     listed = _files(root)
     if not listed:
-        raise UserError(f"source.path: {config.path}: no such file or folder")
+        empty = "*" not in root and storage.is_directory(root)
+        raise UserError(f"source.path: {config.path}: {'an empty folder' if empty else 'no such file or folder'}")
     kind = _kind(config, root, listed)
     wanted = [name for name in listed if name.lower().endswith(tuple(_extensions(kind)))]
     if not wanted:
@@ -200,8 +201,9 @@ def require_columns(source: Source, wanted: Mapping[str, Sequence[str]]) -> None
     for key, names in wanted.items():
         for name in names:
             if name not in source.columns:
-                close = difflib.get_close_matches(name, source.columns, n=1, cutoff=0.6)
-                hint = f'; did you mean "{close[0]}"?' if close else ""
+                plain = {column.strip().lower(): column for column in source.columns}
+                close = difflib.get_close_matches(name.lower(), plain, n=1, cutoff=0.6)
+                hint = f'; did you mean "{plain[close[0]]}"?' if close else ""
                 there = ", ".join(source.columns)
                 problems.append(f'{key}: {source.config.path} has no column "{name}"{hint} (columns: {there})')
     if problems:

@@ -140,7 +140,8 @@ def _json_value(line: bytes) -> Any:
 def parquet_batches(path: str, image_column: str, folder: str, wanted: Collection[str] | None) -> Iterator[Batch]:
     with storage.open_read(path) as opened:
         file = pq.ParquetFile(opened)
-        leaf = _bytes_column(image_column, file.schema_arrow.field(image_column).type)
+        there = image_column in file.schema_arrow.names  # texts alone need no picture
+        leaf = _bytes_column(image_column, file.schema_arrow.field(image_column).type) if there else None
         names = [name for name in file.schema_arrow.names if _is_read(name, image_column, wanted)]
         names = [name for name in names if name != image_column or leaf is None]
         if leaf is not None:

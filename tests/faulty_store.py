@@ -180,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         whole = head + body
         if cut:
             whole = head + body[: len(body) // 2] if body else head[: len(head) // 2]
+        self.server.store.sent(len(whole) - len(head))  # before the client has it, who may ask for the count at once
         self.wfile.write(whole)
-        self.server.store.sent(len(whole) - len(head))
         if cut:
             self._hang_up()
 

@@ -80,7 +80,7 @@ def test_full_files_with_few_deletes_stay(tmp_path: Path, monkeypatch: pytest.Mo
     first = read_manifest(uri)
     monkeypatch.setattr(module, "FEW_DELETED", 0.2)
     monkeypatch.setattr(module, "FULL", 0.8)
-    assert compact(uri).show() == f"nothing to do: {module._size(first)}"
+    assert compact(uri).show() == f"nothing to do: {module._size(first)}, fewer than 20% of each file"
     assert "6 files" in compact(uri).show()
     embed(uri, [item("new", captions=1)], "add")
     after = compact(uri).after

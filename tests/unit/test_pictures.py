@@ -236,6 +236,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "CLIENT_RETRIES", {"total_max_attempts": 1, "mode": "standard"})
     monkeypatch.setattr(pictures, "PATIENCE_SECONDS", 1.0)
     monkeypatch.setattr(pictures._denied, "in_vain", 0)
+    monkeypatch.setattr(pictures, "_down_since", {})
 
 
 def test_a_picture_is_one_request(bucket: str, faulty: FaultyStore) -> None:
@@ -317,6 +318,31 @@ def test_a_bucket_that_is_closed_is_soon_believed(
     for expected in (3, 6, 7, 8):
         assert bad(f"{bucket}/a").reason == "denied"
         assert faulty.requests["GET"] == expected
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_store_that_is_down_for_good_is_not_waited_for_by_every_picture(
+    bucket: str, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_atomic(f"{bucket}/a", b"a")
+    monkeypatch.setattr(pictures, "OUTAGE_SECONDS", 2.5)
+    faulty.refuse = (503, "SlowDown")
+
+    def seconds() -> float:
+        started = time.monotonic()
+        assert bad(f"{bucket}/a").transient
+        return time.monotonic() - started
+
+    assert min(seconds(), seconds()) >= 1, "an outage that may pass is waited out"
+    bad(f"{bucket}/a")
+    faulty.forget()
+    for asked in range(1, 9):
+        bad(f"{bucket}/a")
+        assert faulty.requests["GET"] == asked
+    faulty.refuse = None
+    assert read_picture(f"{bucket}/a") == b"a"
+    faulty.refuse = (503, "SlowDown")
+    assert seconds() >= 1, "it answered since"
 
 
 @pytest.mark.usefixtures("hasty")

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from clipdist import batches, planning, tables
 from clipdist.captions import captions_of, default_captions, template_columns
+from clipdist.catalog import EmbedConfig, open_input
 from clipdist.config import UserError
 from clipdist.planning import ColumnsConfig, SplitConfig, split_of
 from clipdist.sources import Source, SourceConfig, open_source
@@ -71,6 +72,14 @@ def test_every_wrong_column_is_told_at_once_with_the_one_meant(tmp_path: Path) -
         f'{key}: {tmp_path}/t.csv has no column "{name}"' + (f'; did you mean "{close}"? ' if close else " ") + there
         for key, (name, close) in starts.items()
     ]
+
+
+def test_a_column_in_capitals_is_found_close(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("ID, Image\n")
+    with pytest.raises(UserError) as caught:
+        planning.check_columns(open_source(SourceConfig(path=str(tmp_path / "t.csv"))), ColumnsConfig(), ())
+    hints = [problem.partition("; ")[2].partition(" (")[0] for problem in caught.value.problems]
+    assert hints == ['did you mean " Image"?', 'did you mean "ID"?']
 
 
 def test_right_columns_are_silent(tmp_path: Path) -> None:
@@ -395,6 +404,24 @@ def test_a_table_has_the_same_plan_in_every_format(tmp_path: Path, monkeypatch: 
     ]
     assert plans[1:] == plans[:1] * 3
     assert {"duplicate_id", "empty_id", "empty_caption", "bad_split"} <= set(re.findall(r"'reason': '(\w+)'", plans[0]))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_texts_alone_need_no_pictures_but_captions(tmp_path: Path, name: str) -> None:
+    rows = [{"id": "7", "title": "red shoe"}, {"id": "8", "title": ""}]
+    (tmp_path / "t.csv").write_text("id,title\n7,red shoe\n8,\n")
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    catalog = {"source": {"path": str(tmp_path / name)}, "captions": ["{title}"]}
+    values: dict[str, Any] = {"model": {"name": "m"}, "output": "o", "catalog": catalog}
+    with pytest.raises(UserError, match='source.image_column: .* has no column "image"'):
+        open_input(EmbedConfig(**values))
+    (plan,) = open_input(EmbedConfig(**values, towers=("texts",))).plan()
+    found = [(row["id"], row["image_uri"], row["captions"], row["reason"]) for row in plan.to_pylist()]
+    assert found == [("7", None, ["red shoe"], None), ("8", None, [], "empty_caption")]
+    catalog.pop("captions")
+    with pytest.raises(ValidationError, match="without any there is no text to embed"):
+        EmbedConfig(**values, towers=("texts",))
 
 
 def test_a_dry_run_plans_the_same_first_unit_without_reading_on(

@@ -230,6 +230,13 @@ def test_class_folders(tmp_path: Path) -> None:
     assert opened(tmp_path).kind == "folder", "a picture beside the folders has no class"
 
 
+def test_an_empty_folder_is_not_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an empty folder"):
+        opened(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        opened(tmp_path / "none")
+
+
 def test_what_is_not_clear_is_asked(tmp_path: Path) -> None:
     write(tmp_path / "both" / "a.csv", "id,image\n1,a.jpg\n")
     write(tmp_path / "both" / "a.jsonl", '{"image": "a.jpg"}\n')
