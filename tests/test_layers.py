@@ -38,6 +38,7 @@ LIGHT = [
     "compact",
     "where",
     "search",
+    "shares",
     "throughput",
     "plots",
     "gallery",
@@ -100,6 +101,8 @@ RAY = [
     "train",
     "evaluate",
     "find",
+    "search_actors",
+    "search_job",
 ]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]

@@ -41,3 +41,10 @@ def test_a_filter_that_cannot_be_read(tmp_path: Path, where: Where, told: str) -
     index = Index(write_embeddings(str(tmp_path), PARTS))
     with pytest.raises(UserError, match=told):
         index.search(PARTS[1], 5, where)
+
+
+def test_filters_of_both_kinds_one_after_the_other(tmp_path: Path) -> None:
+    index = Index(write_embeddings(str(tmp_path), PARTS))
+    wheres: list[Where] = [pc.field("price") < 10, "price < 10", "price < 10", pc.field("price") > 10, "price > 10"]
+    found = [index.search(PARTS[1], 200, where).rows[0].tolist() for where in wheres]
+    assert found[0] == found[1] == found[2] != found[3] == found[4]
