@@ -35,13 +35,16 @@ def write_deletes(rows: Mapping[str, NDArray[np.integer[Any]]]) -> bytes:
 
 
 def deleted_rows(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
-    """The deleted row numbers per `File.path`, ascending, each once. UserError when they do not fit the files."""
+    """The deleted row numbers per `File.path`, ascending, each once. UserError when they do not fit the files.
+    Of a part of a table: those of its files."""
     files = {file.path: file for file in manifest.files}
     found: dict[str, list[NDArray[np.int64]]] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         uris = [storage.join(manifest.uri, path) for path in manifest.delete_files]
         for uri, table in zip(uris, pool.map(_read, uris), strict=True):
             for path, rows in _by_path(table):
+                if manifest.is_part and path not in files:
+                    continue
                 _check(uri, path, files.get(path), rows)
                 found.setdefault(path, []).append(rows)
     return {path: np.unique(np.concatenate(rows)) for path, rows in found.items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from clipdist import storage
@@ -47,6 +47,8 @@ class Manifest:
     number: int = 0
     plan: int = 0
     """The last plan whose results are in here."""
+    is_part: bool = False
+    """Whether these are only some of the table's files: what is deleted of the others is then none of its business."""
 
     def lost(self, table: str) -> int:
         """Rejected rows."""
@@ -59,6 +61,10 @@ class Manifest:
     def select(self, table: str, split: str | None = None) -> list[File]:
         return [file for file in self.files if file.table == table and split in (None, file.split)]
 
+    def part(self, files: Iterable[File]) -> Manifest:
+        """What one of several readers reads. Its counts are still those of the whole table."""
+        return replace(self, files=tuple(files), is_part=True)
+
     def path(self, file: File) -> str:
         return storage.join(self.uri, file.path)
 
@@ -69,7 +75,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Everything but where it lies: a table may be moved."""
         value = asdict(self) | {"stamp": self.stamp.to_json()}
-        return {name: value[name] for name in value if name != "uri"}
+        return {name: value[name] for name in value if name not in ("uri", "is_part")}
 
     @staticmethod
     def from_json(uri: str, value: Mapping[str, Any]) -> Manifest:

@@ -69,7 +69,7 @@ def _quiet_actors() -> None:
         return
 
     def quietly(*args: Any, **kwargs: Any) -> Any:
-        with _without_noise():
+        with without_noise():
             return start(*args, **kwargs)
 
     setattr(quietly, "loud", start)  # noqa: B010
@@ -77,7 +77,7 @@ def _quiet_actors() -> None:
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
     """What is written to stderr meanwhile is passed on at the end, without lines of NOISE."""
     try:
         sys.stderr.flush()

@@ -44,7 +44,7 @@ class Index:
     shards: Shards
     cache: DiskCache | None = None
     device: str = "cpu"
-    _last_filter: tuple[Where, NDArray[np.bool_]] | None = field(default=None, repr=False)
+    _last_filter: tuple[str, NDArray[np.bool_]] | None = field(default=None, repr=False)
 
     @staticmethod
     def open(uri: str, table: str = "images", *, cache: DiskCache | None = None, device: str = "cpu") -> Index:
@@ -102,7 +102,7 @@ class Index:
             pairs = list(zip(found.rows, found.scores, strict=True))
         else:
             pairs = self._collapsed(matrix, offset + k if k > 0 else k, keep, collapse)
-        kept = [_page(rows, scores, offset, min_score) for rows, scores in pairs]
+        kept = [page(rows, scores, offset, min_score) for rows, scores in pairs]
         rows, scores = [rows for rows, _ in kept], [scores for _, scores in kept]
         ids = iter(self._ids(np.concatenate([np.zeros(0, np.int64), *rows])))
         return Ranking([list(islice(ids, len(numbers))) for numbers in rows], scores, rows)
@@ -139,7 +139,7 @@ class Index:
             open_ones = np.array([number for number in range(len(queries)) if number not in answers])
             found = self._top(queries[open_ones], depth, keep)
             for number, rows, scores in zip(open_ones, found.rows, found.scores, strict=True):
-                first = _without_near_duplicates(self.shards.vectors(rows), cosine, k)
+                first = without_near_duplicates(self.shards.vectors(rows), cosine, k)
                 if len(first) == k or len(rows) < depth:
                     answers[int(number)] = rows[first], scores[first]
             depth *= 4
@@ -147,9 +147,12 @@ class Index:
 
     def _keep(self, where: Where) -> Keep:
         """Which rows fit, as `top_k` asks for them. The last filter's answer is kept: queries come in sessions."""
-        if self._last_filter is None or not isinstance(where, str) or self._last_filter[0] != where:
-            self._last_filter = (where, self._mask(where))
-        mask = self._last_filter[1]
+        if not isinstance(where, str):  # two Arrow expressions cannot be compared
+            mask = self._mask(where)
+        else:
+            if self._last_filter is None or self._last_filter[0] != where:
+                self._last_filter = (where, self._mask(where))
+            mask = self._last_filter[1]
         return lambda first, stop: mask[first:stop]
 
     def _mask(self, where: Where) -> NDArray[np.bool_]:
@@ -167,14 +170,14 @@ class Index:
         return ids
 
 
-def _page(
+def page(
     rows: NDArray[np.int64], scores: NDArray[np.float64], offset: int, min_score: float | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     end = len(rows) if min_score is None else int(np.count_nonzero(scores >= min_score))
     return rows[offset:end], scores[offset:end]
 
 
-def _without_near_duplicates(vectors: NDArray[Any], cosine: float, k: int) -> NDArray[np.int64]:
+def without_near_duplicates(vectors: NDArray[Any], cosine: float, k: int) -> NDArray[np.int64]:
     """Places of the first k vectors [n, dim] whose cosine with every one taken before them is below `cosine`."""
     norms = np.sqrt([exact_scores(row[None], row.astype(np.float64))[0] for row in vectors])
     taken: list[int] = []

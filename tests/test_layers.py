@@ -46,6 +46,7 @@ LIGHT = [
     "compact",
     "where",
     "search",
+    "shares",
     "throughput",
     "plots",
     "gallery",
@@ -112,6 +113,8 @@ RAY = [
     "train",
     "evaluate",
     "find",
+    "search_actors",
+    "search_job",
 ]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]

@@ -111,3 +111,10 @@ def test_codes_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     others = write_embeddings(str(tmp_path / "others"), [some_vectors(len(part), 16, 77) for part in PARTS])
     assert Index(others, cache).search(query, 3).ids != Index(shards, cache).search(query, 3).ids
     assert sorted(made) == [1, 1, 50, 50, 80, 80]
+
+
+def test_filters_of_both_kinds_one_after_the_other(tmp_path: Path) -> None:
+    index = Index(write_embeddings(str(tmp_path), PARTS))
+    wheres: list[Where] = [pc.field("price") < 10, "price < 10", "price < 10", pc.field("price") > 10, "price > 10"]
+    found = [index.search(PARTS[1], 200, where).rows[0].tolist() for where in wheres]
+    assert found[0] == found[1] == found[2] != found[3] == found[4]
