@@ -186,10 +186,11 @@ def _upkeep_commands(commands: Any) -> None:
             "their bits. May be stopped at any time; the same command goes on. The files of before stay until the\n"
             "next change, for those who still read them."
         ),
-        epilog="examples:\n  clipdist compact runs/embeddings\n",
+        epilog="examples:\n  clipdist compact runs/embeddings\n  clipdist compact runs/embeddings --every   when deleted rows must go\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compact.add_argument("output", help="folder of embeddings")
+    compact.add_argument("--every", action="store_true", help="also where fewer than 5 %% of a file's rows are deleted")
     compact.set_defaults(run=_run_compact)
 
 
@@ -353,7 +354,7 @@ def _run_remove(options: argparse.Namespace) -> int:
 def _run_compact(options: argparse.Namespace) -> int:
     from clipdist import compact, storage
 
-    print(compact.compact(storage.absolute(options.output)).show())
+    print(compact.compact(storage.absolute(options.output), every=options.every).show())
     return 0
 
 

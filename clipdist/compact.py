@@ -42,19 +42,24 @@ class Compacted:
 
     def show(self) -> str:
         if self.before is self.after:
-            few = f", fewer than {FEW_DELETED:.0%} of each file" if sum(self.after.deleted.values()) else ""
+            few = (
+                f", fewer than {FEW_DELETED:.0%} of each file; --every drops them"
+                if sum(self.after.deleted.values())
+                else ""
+            )
             return f"nothing to do: {_size(self.after)}{few}"
         return f"before  {_size(self.before)}\nafter   {_size(self.after)}"
 
 
-def compact(uri: str) -> Compacted:
-    """Compacts the embeddings at `uri`, or goes on with that where it was stopped."""
+def compact(uri: str, *, every: bool = False) -> Compacted:
+    """Compacts the embeddings at `uri`, or goes on with that where it was stopped. `every`: a file of which only one
+    row is deleted is written anew too."""
     open_finished(uri, "compact")
     with lease.held(uri) as held:
         ledger = open_finished(uri, "compact")
         before = read_manifest(uri)
         if ledger.finished() is not None:
-            planned = _plan(ledger, before)
+            planned = _plan(ledger, before, 0 if every else FEW_DELETED)
             if planned is None:
                 return Compacted(before, before)
             ledger = planned
@@ -63,8 +68,8 @@ def compact(uri: str) -> Compacted:
         return Compacted(before, ledger.publish())
 
 
-def _plan(ledger: Ledger, state: Manifest) -> Ledger | None:
-    """The plan of the next compaction; None when every file may stay."""
+def _plan(ledger: Ledger, state: Manifest, few: float) -> Ledger | None:
+    """The plan of the next compaction; None when every file may stay. `few`: the share of deleted rows that may."""
     size = int(ledger.stamp.identity["shard_rows"])
     units: list[pa.Table] = []
     stay: list[File] = []
@@ -72,7 +77,7 @@ def _plan(ledger: Ledger, state: Manifest) -> Ledger | None:
         shards = Shards(state, table)
         live = {file.path: len(shards.live_rows(file)) for file in state.select(table)}
         deleted = {file.path: file.rows - live[file.path] for file in state.select(table)}
-        clean = {file.path for file in state.select(table) if deleted[file.path] < max(1, FEW_DELETED * file.rows)}
+        clean = {file.path for file in state.select(table) if deleted[file.path] < max(1, few * file.rows)}
         goes = {path for path in live if live[path] < FULL * size or path not in clean}
         for shard in _cut([(path, live[path]) for path in live if path in goes], size):
             path, _, rows = shard[0]
