@@ -186,7 +186,8 @@ def _upkeep_commands(commands: Any) -> None:
             "their bits. May be stopped at any time; the same command goes on. The files of before stay until the\n"
             "next change, for those who still read them."
         ),
-        epilog="examples:\n  clipdist compact runs/embeddings\n  clipdist compact runs/embeddings --every   when deleted rows must go\n",
+        epilog="examples:\n  clipdist compact runs/embeddings\n"
+        "  clipdist compact runs/embeddings --every   when deleted rows must go\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compact.add_argument("output", help="folder of embeddings")
