@@ -61,7 +61,7 @@ def start(config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "what was waited for did not happen"
@@ -126,7 +126,7 @@ def test_a_signal_saves_and_leaves(home: Path, tiny_clip: str, undisturbed: dict
     driver = start(config)
     wait_for(lambda: step_of(str(home / name)) >= 12)
     driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=120)
+    _, said = driver.communicate(timeout=300)
     assert driver.returncode == 130
     assert "run the same command again" in said
     lines = journal.read(str(home / name))
