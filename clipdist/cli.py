@@ -28,6 +28,7 @@ JOBS = {
     "embed": ("EmbedConfig", "catalog or pairs -> image and text embeddings"),
     "evaluate": ("EvaluateConfig", "embeddings -> metrics, heatmap, report"),
     "search": ("SearchConfig", "text or a picture -> hits"),
+    "mine": ("MineConfig", "many query vectors -> the hits of each, over a cluster"),
 }
 MODULES = {"search": "clipdist.find"}
 
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_run_info)
     _upkeep_commands(commands)
     _cache_command(commands.add_parser("cache", help="what searches keep on this machine's disk"))
+    _outside_commands(commands)
     _vocab_command(commands.add_parser("vocab", help="words of the captions that may deserve a token of their own"))
     demo = commands.add_parser("demo", help="the whole journey on emoji pictures (needs the extra `demo`)")
     demo.add_argument("folder", nargs="?", default="clipdist-demo", help="where everything goes (clipdist-demo)")
@@ -206,6 +208,42 @@ def _cache_command(command: argparse.ArgumentParser) -> None:
     command.add_argument("embeddings", nargs="?", help="folder of embeddings on a store")
     command.add_argument("--clear", action="store_true", help="remove everything in it")
     command.set_defaults(run=_run_cache)
+
+
+def _outside_commands(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write embeddings as NumPy matrices or flat faiss indexes",
+        description=(
+            "Writes both tables as matrices for numpy.load, or as exhaustive indexes for faiss.read_index, with a\n"
+            "table of ids in the same order, into a new folder. Deleted rows are left out."
+        ),
+        epilog="examples:\n  clipdist export runs/embeddings runs/npy\n"
+        "  clipdist export runs/embeddings runs/faiss --format faiss\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("embeddings", help="folder of embeddings")
+    export.add_argument("output", help="a new folder")
+    export.add_argument("--format", choices=("npy", "faiss"), default="npy", help="what to write (npy)")
+    export.set_defaults(run=_run_export)
+    approximate = commands.add_parser(
+        "approximate",
+        help="build an approximate index where the exact search is too slow (extra `faiss`)",
+        description=(
+            "Builds an IVF index of the pictures with faiss, tuned with real texts and pictures as queries, and tells\n"
+            "recall and speed beside the exact search, per kind of query. The exact search needs none of this."
+        ),
+        epilog="examples:\n  clipdist approximate runs/embeddings runs/approximate --recall 0.95\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    approximate.add_argument("embeddings", help="folder of embeddings")
+    approximate.add_argument("output", help="a new folder")
+    approximate.add_argument("--recall", type=float, default=0.95, help="share of the best rows to be found (0.95)")
+    approximate.add_argument("--top", type=int, default=10, help="how many best rows that is about (10)")
+    approximate.add_argument(
+        "--queries", type=int, default=2000, help="of each kind: half to tune, half to tell (2000)"
+    )
+    approximate.set_defaults(run=_run_approximate)
 
 
 def _vocab_command(command: argparse.ArgumentParser) -> None:
@@ -307,7 +345,7 @@ def _print_outcome(command: str, module: Any, config: Any, result: Any) -> None:
     from clipdist.info import rejects_table
 
     output = storage.absolute(config.output) if getattr(config, "output", None) else None
-    if command in ("prepare", "embed"):
+    if command in ("prepare", "embed", "mine"):
         print(_facts([*module.summary(result), ("output", output)]))
         if rejects := rejects_table(result):
             print("\nrejected:\n" + rejects)
@@ -377,6 +415,25 @@ def _run_cache(options: argparse.Namespace) -> int:
             [("folder", cache.folder), ("size", f"{file_size(cache.size_bytes())} of {file_size(cache.limit_bytes)}")]
         )
     )
+    return 0
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    from clipdist.export import export
+
+    print(export(options.embeddings, options.output, options.format))
+    return 0
+
+
+def _run_approximate(options: argparse.Namespace) -> int:
+    from clipdist.approximate import build
+    from clipdist.search import Index
+
+    pictures, texts = Index.open(options.embeddings), None
+    if "texts" in pictures.shards.manifest.planned:
+        texts = Index.open(options.embeddings, "texts")
+    settings = {"recall": options.recall, "k": options.top, "queries": options.queries}
+    print(build(pictures, texts, options.output, **settings).report)
     return 0
 
 

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 ROW_GROUP_ROWS = 256
 """Rows per row group of a pairs shard: what one random read of the trainer fetches."""
 
-Kind = Literal["pairs", "embeddings", "checkpoint", "metrics"]
+Kind = Literal["pairs", "embeddings", "checkpoint", "metrics", "hits"]
 Dtype = Literal["float16", "float32"]
 
 RESERVED = (
@@ -49,6 +49,19 @@ REJECTS = pa.schema(
     ]
 )
 """`row`: the planned row as an Arrow stream, where trying again may help (`retry.planned_row`)."""
+
+
+HITS = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("image_uri", pa.string()),
+    ]
+)
+"""One row per hit, best first; `rank` counts from 1."""
 
 
 def pairs_schema(passthrough: Sequence[pa.Field]) -> pa.Schema:

@@ -47,6 +47,9 @@ LIGHT = [
     "where",
     "search",
     "shares",
+    "query_tables",
+    "export",
+    "approximate",
     "throughput",
     "plots",
     "gallery",
@@ -115,12 +118,18 @@ RAY = [
     "find",
     "search_actors",
     "search_job",
+    "mine",
 ]
 FRONT = ["demo", "cli"]
 ORDER = [*LIGHT, *LEARN, *RAY, *FRONT]
 
 LIGHT_LIBRARIES = {"numpy", "pyarrow", "pydantic", "pydantic_core", "yaml", "fsspec", "tqdm"}
-INSIDE_FUNCTIONS = {"kernels": {"torch"}, "plots": {"matplotlib"}, "gallery": {"matplotlib", "jinja2", "PIL"}}
+INSIDE_FUNCTIONS = {
+    "kernels": {"torch"},
+    "export": {"faiss"},
+    "plots": {"matplotlib"},
+    "gallery": {"matplotlib", "jinja2", "PIL"},
+}
 ONLY_IN = {
     "ray": {*RAY, *FRONT},
     "open_clip": {"anatomy", "image_size", "models", "augment"},
@@ -213,7 +222,9 @@ def test_a_broken_rule_is_seen(name: str, source: str) -> None:
     assert faults(name, source)
 
 
-@pytest.mark.parametrize("module", ["unit_tasks", "units", "making", "search", "compact", "update"])
+@pytest.mark.parametrize(
+    "module", ["unit_tasks", "units", "making", "search", "compact", "update", "search_job", "mine"]
+)
 def test_processes_that_do_without_torch_do_not_load_it(module: str) -> None:
     """Every worker process imports for itself: with torch and open_clip that takes seconds and half a GB."""
     code = f"import sys, clipdist.{module}; print({{'torch', 'open_clip', 'timm', 'matplotlib'}} & set(sys.modules))"
