@@ -13,6 +13,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 _LEFT_FREE = 1 << 30  # bytes of the disk that are not the cache's
 _ABANDONED_SECONDS = 24 * 3600.0  # after which a file that was never finished was some killed process's
 
@@ -36,28 +39,30 @@ class DiskCache:
     def __setstate__(self, state: tuple[Path, int]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
-    def find(self, key: str, size: int | None = None) -> Path | None:
-        """The file `key`, if it is there, and of `size` bytes where that is known."""
-        path = self.folder / hashlib.sha256(key.encode()).hexdigest()
+    def find(self, key: str, size: int | None = None) -> NDArray[np.uint8] | None:
+        """The file `key`, memory-mapped, if it is there, and of `size` bytes where that is known."""
+        path = self._path(key)
         with contextlib.suppress(OSError):
-            if self._is_ours() and size in (None, path.stat().st_size):
+            if self._is_ours() and (there := path.stat().st_size) and size in (None, there):
                 os.utime(path)
-                return path
+                # Copy on write: nothing writes, but torch warns of memory that is read-only.
+                return np.memmap(path, np.uint8, "c")
         return None
 
-    def entry(self, key: str, size: int | None, make: Callable[[], bytes]) -> Path | bytes:
-        """The file `key`, of what `make` gives where it is not there yet; or what `make` gives, when there is no room
-        for a file. Threads of this process wait for the one that makes it; processes may make it twice."""
+    def entry(self, key: str, size: int | None, make: Callable[[], bytes]) -> NDArray[np.uint8]:
+        """The bytes of the file `key`, memory-mapped, of what `make` gives where it is not there yet; in memory when
+        there is no room for a file. Threads of this process wait for the one that makes it; processes may make it
+        twice."""
         with self._lock:
             making = self._making.setdefault(key, threading.Lock())
         with making:
-            if path := self.find(key, size):
-                return path
-            data = make()
-            try:
-                return self._put(key, data)
-            except OSError:
-                return data
+            found = self.find(key, size)
+            if found is None:
+                data = make()
+                with contextlib.suppress(OSError):
+                    self._put(key, data)
+                found = self.find(key, len(data))
+            return np.frombuffer(data, np.uint8) if found is None else found
 
     def size_bytes(self) -> int:
         return sum(size for _, size, _ in self._files())
@@ -67,14 +72,14 @@ class DiskCache:
             path.unlink(missing_ok=True)
         self._bytes = 0
 
-    def _put(self, key: str, data: bytes) -> Path:
+    def _put(self, key: str, data: bytes) -> None:
         """OSError when there is no room."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not self._is_ours():
             raise PermissionError("another user's folder")
         if len(data) > min(self.limit_bytes, shutil.disk_usage(self.folder).free - _LEFT_FREE):
             raise OSError("no room")
-        path = self.folder / hashlib.sha256(key.encode()).hexdigest()
+        path = self._path(key)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             temporary.write_bytes(data)
@@ -87,7 +92,9 @@ class DiskCache:
                 self._bytes = self._evict(path)
             else:
                 self._bytes += len(data)
-        return path
+
+    def _path(self, key: str) -> Path:
+        return self.folder / hashlib.sha256(key.encode()).hexdigest()
 
     def _is_ours(self) -> bool:
         """What another user put there, such as in a folder for temporary files, is not to be trusted."""

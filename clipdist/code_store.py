@@ -69,15 +69,10 @@ class CodeStore:
         dim = self.shards.dim
         if self.cache is None:
             return encode(self.shards.reader.matrix_of(group))
-        made: list[Codes] = []
-
-        def make() -> bytes:
-            made.append(encode(self.shards.reader.matrix_of(group)))
-            return made[0].to_bytes()
-
         key = cache_key(group.file, f"codes {LAYOUT} {group.index}")
-        path = self.cache.entry(key, Codes.size(group.rows, dim), make)
-        return made[0] if isinstance(path, bytes) else Codes.load(path, group.rows, dim)
+        size = Codes.size(group.rows, dim)
+        data = self.cache.entry(key, size, lambda: encode(self.shards.reader.matrix_of(group)).to_bytes())
+        return Codes.of_bytes(data, group.rows, dim)
 
     def _vectors(self, group: RowGroup) -> Callable[[Ints], NDArray[Any]]:
         """The vectors at places."""

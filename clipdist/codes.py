@@ -13,7 +13,6 @@ takes out what all rows share (the cone of a modality), so that the 255 levels a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -58,13 +57,9 @@ class Codes:
         return rows * dim + 8 * dim + 24 + -(-rows // 8)
 
     @staticmethod
-    def load(path: Path, rows: int, dim: int) -> Codes:
-        """A file of what `to_bytes` gave, memory-mapped."""
-        # Copy on write: nothing writes, but torch warns of read-only memory.
-        code: NDArray[np.int8] = np.memmap(path, np.int8, "c", shape=(rows, dim))
-        with path.open("rb") as file:
-            file.seek(rows * dim)
-            rest = file.read()
+    def of_bytes(data: NDArray[np.uint8], rows: int, dim: int) -> Codes:
+        """What `to_bytes` gave; the codes are a view of it."""
+        code, rest = data[: rows * dim].view(np.int8).reshape(rows, dim), data[rows * dim :].tobytes()
         levels = np.frombuffer(rest, "<f4", 2 * dim)
         residual, code_norm, row = np.frombuffer(rest, "<f8", 3, 8 * dim).tolist()
         odd = np.flatnonzero(np.unpackbits(np.frombuffer(rest, np.uint8, offset=8 * dim + 24), count=rows))

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from clipdist import query as queries
 from clipdist import terminal
+from clipdist.cache import default_cache
 from clipdist.config import Section, UserError, together
 from clipdist.gallery import contact_sheet, gallery
 from clipdist.hits import Hits
@@ -66,6 +67,8 @@ class SearchConfig(Section):
     """Show the pictures in the terminal, where it can."""
     interactive: bool = False
     """Ask for queries until the end of input; the model stays loaded."""
+    cache_gib: float = Field(50, ge=0)
+    """How much of this machine's disk may hold what is read from a store, and the codes of the first pass."""
     allow_private_hosts: bool = False
     """Whether picture URLs may lead to addresses inside your network."""
 
@@ -113,7 +116,11 @@ def derived(config: SearchConfig) -> list[tuple[str, str]]:
 
 def _searcher(config: SearchConfig) -> Searcher:
     return Searcher(
-        config.embeddings, config.model, device=config.device, allow_private_hosts=config.allow_private_hosts
+        config.embeddings,
+        config.model,
+        device=config.device,
+        allow_private_hosts=config.allow_private_hosts,
+        cache=default_cache(config.cache_gib),
     )
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import io
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ READ_AHEAD = 3
 _REQUESTS = 16  # for single rows, at once
 _APART = 256  # a row group is read whole when one in so many of its rows is asked for
 _HELD_BYTES = 256 << 20  # of columns in memory
+_SHARE_OF_CACHE = 0.6  # for the row groups of one table; codes take half as much as float16 rows
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class ShardReader:
         self.dtype: np.dtype[Any] = np.dtype(stored_dtype(manifest.stamp)).newbyteorder("<")
         self._held: OrderedDict[tuple[str, str], pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
+        self._starts: dict[tuple[str, str], int] = {}
+        ends: Counter[str] = Counter()
+        for file in manifest.files:
+            for index, rows in enumerate(file.row_groups):
+                ends[file.table] += rows * self.dim * self.dtype.itemsize
+                self._starts[file.path, f"rows {index}"] = ends[file.table]
 
     def matrix_of(self, group: RowGroup) -> np.ndarray:
         """All rows of a row group, the deleted ones too: [rows, dim]. Memory-mapped where it lies on this machine."""
@@ -71,9 +77,7 @@ class ShardReader:
             if storage.is_local(path):
                 return np.memmap(path, dtype=self.dtype, mode="r", offset=group.offset, shape=shape)
             found = self._entry(f"rows {group.index}", group.file, self._bytes_of(group), lambda: self._fetch(group))
-            if isinstance(found, bytes):
-                return np.frombuffer(found, dtype=self.dtype).reshape(shape)
-            return np.memmap(found, dtype=self.dtype, mode="r", shape=shape)
+            return found.view(self.dtype).reshape(shape)
         except (OSError, ValueError) as error:
             raise damaged(path, error) from None
 
@@ -120,7 +124,7 @@ class ShardReader:
 
         try:
             kept = read() if storage.is_local(path) else self._entry("schema", file, None, read)
-            return pa.ipc.read_schema(pa.py_buffer(kept if isinstance(kept, bytes) else kept.read_bytes()))
+            return pa.ipc.read_schema(pa.py_buffer(kept))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise damaged(path, error) from None
 
@@ -136,7 +140,7 @@ class ShardReader:
                 found = read()
             else:
                 kept = self._entry(f"column {name}", file, None, lambda: _ipc(read()))
-                found = pa.ipc.open_file(kept if isinstance(kept, bytes) else pa.memory_map(str(kept))).read_all()
+                found = pa.ipc.open_file(pa.py_buffer(kept)).read_all()
             if len(found) != file.rows or found.column_names != [name]:
                 raise ValueError(f"{len(found)} rows of {', '.join(found.column_names)} there")
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -171,8 +175,15 @@ class ShardReader:
         key = cache_key(group.file, f"rows {group.index}")
         return self.cache is not None and self.cache.find(key, self._bytes_of(group)) is not None
 
-    def _entry(self, what: str, file: File, size: int | None, make: Callable[[], bytes]) -> Path | bytes:
-        return make() if self.cache is None else self.cache.entry(cache_key(file, what), size, make)
+    def _entry(self, what: str, file: File, size: int | None, make: Callable[[], bytes]) -> NDArray[np.uint8]:
+        if self.cache is None or (size is not None and not self._has_room(what, file)):
+            return np.frombuffer(make(), np.uint8)
+        return self.cache.entry(cache_key(file, what), size, make)
+
+    def _has_room(self, what: str, file: File) -> bool:
+        """Whether these rows are kept: as many row groups as fill a part of the cache, and always the same. Else a
+        table that is larger would throw out on every pass what the next pass needs first."""
+        return self.cache is not None and self._starts[file.path, what] <= _SHARE_OF_CACHE * self.cache.limit_bytes
 
 
 def damaged(path: str, error: Exception) -> UserError:
