@@ -220,6 +220,7 @@ Index.open({table!r}, cache=DiskCache(Path({str(cache.folder)!r}), 1 << 20)).sha
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    time.sleep(0.5)  # until the store has counted what it asked for last
     shards = Shards(manifest, "images", cache)
     there = sum(shards.reader._is_here(group) for group in shards.row_groups)
     assert there >= 1
