@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,9 +146,8 @@ def _tune(approximate: ApproximateIndex, kind: Kind, source: Index, recall: floa
     approximate.probes[kind] = low
     told = reached(slice(half, None), low)
     timed = vectors[half : half + TIMED_QUERIES]
-    ours = _seconds(lambda query: approximate._search(query[None], k, low), timed)
-    theirs = _seconds(lambda query: index.search(query, k), timed)
-    return [kind, low, reached(slice(half), low), told, ours, theirs]
+    seconds = _seconds([lambda one: approximate._search(one, k, low), lambda one: index.search(one, k)], timed)
+    return [kind, low, reached(slice(half), low), told, *seconds]
 
 
 def _recall(found: Ranking, exact: Ranking, skip: NDArray[np.int64], k: int) -> float:
@@ -161,14 +161,15 @@ def _recall(found: Ranking, exact: Ranking, skip: NDArray[np.int64], k: int) -> 
     return float(np.mean(shares))
 
 
-def _seconds(search: Any, queries: NDArray[Any]) -> float:
-    """The median of single queries."""
-    spent = []
+def _seconds(searches: Sequence[Callable[[NDArray[Any]], Any]], queries: NDArray[Any]) -> list[float]:
+    """The median of single queries for each of the searches, which take turns."""
+    spent: list[list[float]] = [[] for _ in searches]
     for query in queries:
-        started = time.perf_counter()
-        search(query)
-        spent.append(time.perf_counter() - started)
-    return float(np.median(spent))
+        for search, seconds in zip(searches, spent, strict=True):
+            started = time.perf_counter()
+            search(query[None])
+            seconds.append(time.perf_counter() - started)
+    return [float(np.median(seconds)) for seconds in spent]
 
 
 def _report(rows: list[list[Any]], recall: float, k: int, lists: int) -> str:
