@@ -18,6 +18,7 @@ Tensor: TypeAlias = Any  # torch is not imported here, nor its types
 LEAST = -(2**31)
 """The product of a row that must not be found."""
 
+_FEW_QUERIES = 4  # whose products are compared one by one
 _SEGMENT = 32  # products whose largest is compared first
 _GPU_ROWS, _GPU_MULTIPLE = 32, 8  # cuBLAS multiplies int8 matrices of more than 16 rows, and in eights
 _TRIED = (1, 3, 32, 200)  # numbers of queries that a kernel is tried with before it is believed
@@ -38,11 +39,20 @@ class Kernel:
         rows, dim = (-size % _GPU_MULTIPLE for size in code.shape)
         return torch.nn.functional.pad(torch.from_numpy(code).to(self.device), (0, dim, 0, rows))
 
-    def products(self, integers: NDArray[np.int8], placed: Tensor) -> Tensor:
-        """int32 [queries, rows], of queries int8 [queries, dim]."""
+    def buffer(self, size: int) -> Tensor:
+        """Room for `size` products: memory that is not new each time saves a tenth of the time on a CPU."""
+        import torch
+
+        return torch.empty(size, dtype=torch.int32) if self.device == "cpu" else None
+
+    def products(self, integers: NDArray[np.int8], placed: Tensor, buffer: Tensor = None) -> Tensor:
+        """int32 [queries, rows], of queries int8 [queries, dim]; in `buffer`, where one is given."""
         import torch
 
         queries = torch.from_numpy(integers).to(self.device)
+        if buffer is not None:
+            out = buffer[: len(integers) * len(placed)].view(len(integers), len(placed))
+            return torch._int_mm(queries, placed.t(), out=out)
         if self.device != "cpu":
             missing = max(_GPU_ROWS - len(integers), -len(integers) % _GPU_MULTIPLE)
             queries = torch.nn.functional.pad(queries, (0, placed.shape[1] - queries.shape[1], 0, missing))
@@ -64,6 +74,10 @@ class Kernel:
         """(query, place, product) of every product that reaches its query's `least`."""
         import torch
 
+        if products.device.type == "cpu" and len(least) <= _FEW_QUERIES:
+            values = products.numpy()
+            query, place = np.divmod(np.flatnonzero(values >= least[:, None]), values.shape[1])
+            return query, place, values[query, place]
         limits = torch.from_numpy(least).to(products.device)[:, None]
         whole = products.shape[1] // _SEGMENT * _SEGMENT
         segments = products[:, :whole].unflatten(1, (-1, _SEGMENT))

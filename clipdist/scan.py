@@ -62,6 +62,7 @@ class _Search:
         self.best = Best(len(queries.exact), k, ids)
         self.floor = np.full(len(queries.exact), -np.inf)
         """A score of every query that k rows reach."""
+        self.buffer = kernel.buffer(max(_PRODUCTS_AT_ONCE, 1024 * min(len(queries.exact), _QUERIES_AT_ONCE)))
         self.parts: list[Part] = []
         self.waiting: list[_Waiting] = []
         self.held = 0
@@ -86,7 +87,7 @@ class _Search:
         step = max(1024, _PRODUCTS_AT_ONCE // len(queries.exact) // 32 * 32)
         for start in range(0, len(dropped), step):
             drop = dropped[start : start + step]
-            products = self.kernel.products(asked.integers, part.placed[start : start + step])
+            products = self.kernel.products(asked.integers, part.placed[start : start + step], self.buffer)
             if drop.any() or products.shape[1] > len(drop):
                 self.kernel.drop(products, drop)
             left = len(drop) - int(np.count_nonzero(drop))

@@ -151,7 +151,7 @@ def measure(kind: str, home: Path, options: argparse.Namespace) -> dict[str, Any
     found["share_of_bandwidth"] = share_of_bandwidth(index, found["clipdist 1"])
     asked = queries(options.checked, 999, dim)
     found["exact"] = same(index.search(asked, K), brute_force(kind, asked, rows, dim))
-    found["command_seconds"] = 0.0
+    found["command_seconds"] = command_seconds(home)
     show(kind, found, list(ways))
     return found
 
