@@ -58,7 +58,7 @@ class MineConfig(Section):
     max_rejected_fraction: float = Field(0.05, ge=0, le=1)
     """The job fails when a larger share of the queries holds no usable vector."""
     unit_rows: int = Field(2048, ge=1, le=100_000)
-    """Queries per unit of work: what is committed at once, and at most lost twice over by a kill."""
+    """Queries per unit of work: what is committed at once; a kill loses two or three of them."""
     actors: int | None = Field(None, ge=1)
     """Processes that share the searched rows; null: one per node, with all its cores."""
 

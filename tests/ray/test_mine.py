@@ -104,6 +104,15 @@ def test_hits_are_those_of_one_index(
     assert read_manifest(manifest.uri, "hits") == manifest
 
 
+def test_hits_on_a_store(s3_bucket: str, tmp_path: Path, local_ray: None) -> None:
+    bucket = f"{s3_bucket}/{tmp_path.name}"
+    uri = both_tables(f"{bucket}/embeddings")
+    remove(uri, [row["id"] for row in Index.open(uri).describe(np.array([3, 31]))])
+    manifest = mine.run(config(uri, tmp_path, output=f"{bucket}/hits", exclude_self=True))
+    assert mined(manifest) == expected(uri, "images", "texts", 4, True)
+    assert mine.run(config(uri, tmp_path, output=f"{bucket}/hits", exclude_self=True)) == manifest
+
+
 def test_a_rerun_does_nothing_and_other_settings_are_refused(embeddings: str, tmp_path: Path) -> None:
     told = config(embeddings, tmp_path)
     manifest = mine.run(told)
