@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import webbrowser
@@ -11,19 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
 from pydantic import Field
 
 from clipdist import query as queries
 from clipdist import terminal
 from clipdist.cache import default_cache
 from clipdist.config import Section, UserError, together
-from clipdist.gallery import contact_sheet, gallery
-from clipdist.hits import Hits
+from clipdist.hits import Hits, save_contact_sheet, save_gallery
 from clipdist.interactive import Interactive
 from clipdist.query import Query
-from clipdist.report import one_line, table
+from clipdist.report import obeyed_by_none
 from clipdist.searcher import Find, Searcher
+
+_CONTROLS = re.compile(r"[\x7f-\x9f]")
+"""Control characters that JSON leaves as they are."""
 
 
 class SearchConfig(Section):
@@ -89,15 +91,14 @@ def run(config: SearchConfig) -> None:
         raise UserError('give a query: clipdist search EMBEDDINGS "red dress", or --text, --image, --id; see --help')
     _check_writable({"html": config.html, "sheet": config.sheet})
     searcher = _searcher(config)
-    asked = together(*(partial(query.opened, searcher.open_picture) for query in asked))
-    answers = [_find(config, searcher, query) for query in asked]
+    asked = together(*(partial(searcher.ready, query) for query in asked))
+    answers = together(*(partial(_find, config, searcher, query) for query in asked))
     for hits in answers:
-        _print(config, hits, config.offset)
+        _print(config, hits)
     if config.html or config.open:
-        pictures = [_own_picture(query) for query in asked]
-        _write_gallery(config, answers, pictures, config.html, config.open)
+        _write_gallery(config, answers, config.html, config.open)
     if config.sheet:
-        contact_sheet([(hits.query, hits.tiles()) for hits in answers], Path(config.sheet), title="Search")
+        save_contact_sheet(config.sheet, answers)
     if config.interactive:
         _interact(config, searcher)
 
@@ -139,31 +140,27 @@ def _find(config: SearchConfig, searcher: Searcher, query: Query) -> Hits:
 def _interact(config: SearchConfig, searcher: Searcher) -> None:
     def open_gallery(hits: Hits, path: str | None) -> None:
         _check_writable({"html": path})
-        _write_gallery(config, [hits], [None], path, path is None)
-
-    def show(hits: Hits, offset: int) -> None:
-        _print(config, hits, offset)
+        _write_gallery(config, [hits], path, path is None)
 
     settings = (config.find, config.top, config.where, config.min_score, config.collapse)
-    Interactive(searcher, show, open_gallery, *settings).run()
+    Interactive(searcher, partial(_print, config), open_gallery, *settings).run()
 
 
-def _print(config: SearchConfig, hits: Hits, offset: int) -> None:
+def _print(config: SearchConfig, hits: Hits) -> None:
     if config.format == "json":
         found = {"query": hits.query, "hits": [hit.to_json() for hit in hits]}
-        print(json.dumps(found, ensure_ascii=False, default=str))
+        text = json.dumps(found, ensure_ascii=False, default=str)
+        print(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
         return
     if config.format == "paths":
-        for hit in hits:
-            print(one_line((hit.image_uri or "").removeprefix("file://")))
+        for path in [hit.image_uri.removeprefix("file://") for hit in hits if hit.image_uri]:
+            print(obeyed_by_none(path), flush=True)
         return
     how = terminal.protocol(sys.stdout) if config.preview else None
     if how is not None and len(hits):
         terminal.show(hits.tiles(), sys.stdout, how)
-    rows = [[rank, f"{hit.score:.4f}", hit.id, hit.description or ""] for rank, hit in enumerate(hits, 1 + offset)]
-    least = "" if config.min_score is None else f" with a score of at least {config.min_score}"
-    shown = table(["rank", "score", "id", "description"], rows, max_width=118) if rows else f"no hits{least}"
-    print(f"{one_line(hits.query)}\n{shown}\n", flush=True)
+    least = "" if config.min_score is None or len(hits) else f" with a score of at least {config.min_score}"
+    print(f"{hits}{least}\n", flush=True)
 
 
 def _check_writable(files: dict[str, str | None]) -> None:
@@ -185,20 +182,8 @@ def _check_writable(files: dict[str, str | None]) -> None:
         raise UserError(*problems)
 
 
-def _own_picture(query: Query) -> Image.Image | None:
-    """What a query of one picture shows beside its name."""
-    return query.terms[0].value if len(query.terms) == 1 and query.terms[0].kind == "image" else None
-
-
-def _write_gallery(
-    config: SearchConfig,
-    answers: Sequence[Hits],
-    pictures: Sequence[Image.Image | None],
-    html: str | None,
-    show: bool,
-) -> None:
+def _write_gallery(config: SearchConfig, answers: Sequence[Hits], html: str | None, show: bool) -> None:
     path = Path(html or Path(tempfile.mkdtemp(prefix="clipdist-")) / "hits.html")
-    sections = [hits.section(picture) for hits, picture in zip(answers, pictures, strict=True)]
-    gallery(path, title="Search", intro=config.embeddings, sections=sections)
+    save_gallery(path, answers, intro=config.embeddings)
     if show and not webbrowser.open(path.absolute().as_uri()):
         print(f"no browser was found; the gallery is {path}", file=sys.stderr)

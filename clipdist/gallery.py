@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FontFiles = tuple[tuple[str, int], ...]  # (file, face), the preferred first
 
 THUMBNAIL = 200  # pixels of a tile's longer side, in both forms
+COLUMNS = 10  # of a contact sheet; what was found beyond goes on below
 GAP, MARGIN, HEAD, UNDER = (
     16,
     40,
@@ -40,7 +41,8 @@ RIGHT, WRONG, NEUTRAL, PAPER = "#16a34a", "#d9a5a5", "#e2e5e9", "#f4f5f7"
 class Tile:
     """A picture to show: decoded, encoded, or None where there is none (then a placeholder is shown).
 
-    `score` is the similarity to the query, `right` whether it is one that was looked for (None: not known).
+    `score` is the similarity to the query, `right` whether it is one that was looked for (None: not known); `rank` is
+    the place among what was found, where that is not the place among the tiles.
     """
 
     picture: Image | bytes | None
@@ -48,6 +50,7 @@ class Tile:
     score: float | None = None
     right: bool | None = None
     id: str = ""
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def thumbnail(picture: Image | bytes | None, size: int = THUMBNAIL) -> Image | N
 
 
 def contact_sheet(rows: Sequence[tuple[str | Tile, Sequence[Tile]]], path: Path, *, title: str) -> None:
-    """Draw queries and what they found as a PNG: a row per query, at its left the query (text or picture).
+    """Draw queries and what they found as a PNG: rows of `COLUMNS` per query, at their left it (text or picture).
 
     Right pictures have a thick green frame and a tick, wrong ones a thin reddish frame; score and caption are
     underneath. Text is in the fonts of the machine: see `plots.fonts`.
@@ -100,9 +103,10 @@ def contact_sheet(rows: Sequence[tuple[str | Tile, Sequence[Tile]]], path: Path,
     chosen, complete = fonts([title, *captions, *(query for query, _ in rows if isinstance(query, str))])
     files = tuple((font.file, font.face) for font in chosen)
     row_height = THUMBNAIL + UNDER + 2 * GAP
-    columns = max((len(found) for _, found in rows), default=0)
+    columns = min(max((len(found) for _, found in rows), default=0), COLUMNS)
+    heights = [max(1, -(-len(found) // COLUMNS)) * row_height for _, found in rows]
     width = max(2 * MARGIN + THUMBNAIL + 2 * GAP + columns * (THUMBNAIL + GAP), 640)
-    height = HEAD + max(len(rows), 1) * row_height + MARGIN
+    height = HEAD + max(sum(heights), row_height) + MARGIN
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     _write(draw, (MARGIN, MARGIN - 6), title, (_bold(), *files), 24, INK, width - 2 * MARGIN)
@@ -111,15 +115,15 @@ def contact_sheet(rows: Sequence[tuple[str | Tile, Sequence[Tile]]], path: Path,
     if not rows:
         _write(draw, (MARGIN, HEAD), "No queries.", files, 16, FAINT, width)
     for i, (query, found) in enumerate(rows):
-        top = HEAD + i * row_height
+        top = HEAD + sum(heights[:i])
         draw.line((MARGIN, top - GAP, width - MARGIN, top - GAP), fill=NEUTRAL)
         if isinstance(query, str):
             _write(draw, (MARGIN, top), query, files, 18, INK, THUMBNAIL, lines=9)
         else:
             _draw_tile(sheet, draw, (MARGIN, top), query, "query", files)
         for j, tile in enumerate(found):
-            left = MARGIN + THUMBNAIL + 3 * GAP + j * (THUMBNAIL + GAP)
-            _draw_tile(sheet, draw, (left, top), tile, f"{j + 1}", files)
+            left = MARGIN + THUMBNAIL + 3 * GAP + j % COLUMNS * (THUMBNAIL + GAP)
+            _draw_tile(sheet, draw, (left, top + j // COLUMNS * row_height), tile, f"{tile.rank or j + 1}", files)
     sheet.save(path, format="PNG", optimize=True)
 
 
@@ -244,7 +248,10 @@ def strip_html(heading: str, tiles: Sequence[Tile]) -> str:
     )
     shown = [
         figure.format(
-            _jpeg_uri(tile.picture), rank, "" if tile.score is None else f"{tile.score:.4f}", escape(tile.caption)
+            _jpeg_uri(tile.picture),
+            tile.rank or rank,
+            "" if tile.score is None else f"{tile.score:.4f}",
+            escape(tile.caption),
         )
         for rank, tile in enumerate(tiles, 1)
     ]

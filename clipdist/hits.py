@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,7 +22,7 @@ _READERS = 8
 
 @dataclass(frozen=True)
 class Hit:
-    """One found row. `score` is the cosine similarity; `columns` holds the passthrough columns."""
+    """One found row. `rank` counts from 1; `score` is the cosine similarity; `columns` are the passthrough ones."""
 
     id: str
     description: str | None
@@ -30,6 +30,7 @@ class Hit:
     image_uri: str | None
     columns: dict[str, Any] = field(default_factory=dict)
     allow_private_hosts: bool = False
+    rank: int = 1
 
     def picture(self) -> Image.Image:
         """The picture, decoded. Raises BadImage when it is gone from where the catalog had it."""
@@ -42,26 +43,34 @@ class Hit:
             return None
 
     def tile(self) -> Tile:
-        return Tile(self.picture_or_none(), self.description or "", self.score, id=self.id)
+        return Tile(self.picture_or_none(), self.description or "", self.score, id=self.id, rank=self.rank)
 
     def to_json(self) -> dict[str, Any]:
-        own = {"id": self.id, "score": self.score, "description": self.description, "image_uri": self.image_uri}
-        return own | self.columns
+        """The columns, and over these what every hit has."""
+        own = {name: getattr(self, name) for name in ("rank", "score", "id", "description", "image_uri")}
+        return own | {name: value for name, value in self.columns.items() if name not in own}
 
 
 @dataclass(frozen=True)
 class Hits(Sequence[Hit]):
-    """The hits of one query, best first. `query` is how a person would name it."""
+    """The hits of one query, best first. `query` is how a person would name it; `asked` the picture, or the catalog
+    row, that it asked with, where it was one alone."""
 
     query: str
     hits: tuple[Hit, ...]
+    asked: Image.Image | Hit | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The query's own picture."""
+        return self.asked.picture_or_none() if isinstance(self.asked, Hit) else self.asked
 
     @overload
     def __getitem__(self, place: int) -> Hit: ...
     @overload
     def __getitem__(self, place: slice) -> Hits: ...
     def __getitem__(self, place: int | slice) -> Hit | Hits:
-        return Hits(self.query, self.hits[place]) if isinstance(place, slice) else self.hits[place]
+        return replace(self, hits=self.hits[place]) if isinstance(place, slice) else self.hits[place]
 
     def __iter__(self) -> Iterator[Hit]:
         return iter(self.hits)
@@ -72,7 +81,7 @@ class Hits(Sequence[Hit]):
     def __str__(self) -> str:
         if not self.hits:
             return f"{one_line(self.query)}\nno hits"
-        rows = [[rank, f"{hit.score:.4f}", hit.id, hit.description or ""] for rank, hit in enumerate(self.hits, 1)]
+        rows = [[str(hit.rank), f"{hit.score:.4f}", hit.id, hit.description or ""] for hit in self.hits]
         return f"{one_line(self.query)}\n{table(['rank', 'score', 'id', 'description'], rows, max_width=118)}"
 
     def _repr_html_(self) -> str:
@@ -84,14 +93,22 @@ class Hits(Sequence[Hit]):
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(Hit.tile, self.hits))
 
-    def section(self, picture: Image.Image | None = None) -> Section:
-        """A part of a gallery; `picture`: the query's own."""
-        return Section(self.query, self.tiles(), picture=picture)
-
     def save_gallery(self, path: str | Path) -> None:
         """One HTML file that needs nothing else."""
-        gallery(Path(path), title="Search", sections=[self.section()])
+        save_gallery(path, [self])
 
     def save_contact_sheet(self, path: str | Path) -> None:
         """A PNG file."""
-        contact_sheet([(self.query, self.tiles())], Path(path), title="Search")
+        save_contact_sheet(path, [self])
+
+
+def save_gallery(path: str | Path, answers: Sequence[Hits], intro: str = "") -> None:
+    """One HTML file of several queries."""
+    sections = [Section(hits.query, hits.tiles(), hits.picture, "" if hits.hits else "no hits") for hits in answers]
+    gallery(Path(path), title="Search", intro=intro, sections=sections)
+
+
+def save_contact_sheet(path: str | Path, answers: Sequence[Hits]) -> None:
+    """One PNG file of several queries."""
+    rows = [(Tile(hits.picture, hits.query) if hits.asked else hits.query, hits.tiles()) for hits in answers]
+    contact_sheet(rows, Path(path), title="Search")

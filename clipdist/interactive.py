@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -44,7 +45,7 @@ class Interactive:
     def __init__(
         self,
         searcher: Searcher,
-        show: Callable[[Hits, int], None],
+        show: Callable[[Hits], None],
         open_gallery: Callable[[Hits, str | None], None],
         find: Find,
         top: int,
@@ -61,6 +62,7 @@ class Interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (input() then edits lines and keeps a history)
             print(f"{self.searcher.uri}: a query, :help, or :quit")
+            threading.Thread(target=self._load_ahead).start()
         while True:
             try:
                 line = input("> " if asked else "").strip()
@@ -73,6 +75,11 @@ class Interactive:
                     self.state = self.answer(line)
             except UserError as error:
                 print(*error.problems, sep="\n", file=sys.stderr)
+
+    def _load_ahead(self) -> None:
+        """The model, while the first query is typed. What is wrong with it is told when it is needed."""
+        with contextlib.suppress(UserError):
+            _ = self.searcher.encoder
 
     def answer(self, line: str) -> _State:
         """What follows from a line; what it finds is shown."""
@@ -116,7 +123,7 @@ class Interactive:
             min_score=state.min_score,
             collapse=state.collapse,
         )
-        self.show(hits, state.offset)
+        self.show(hits)
         return replace(state, hits=hits)
 
     def _last(self) -> Hits:

@@ -41,54 +41,45 @@ class Term:
         return name if abs(self.weight) == 1 else f"{abs(self.weight):g}:{name}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Query:
-    """A weighted sum: `Query.text("red dress") + Query.image("pool.jpg") - 0.5 * Query.text("floral")`.
+    """A weighted sum: `Query("red dress") + Query(photo) - 0.5 * Query("floral")`, or `"red dress" + Query(photo)`.
 
-    The vector of each term has length 1 before its weight; the sum is normalised again. A plain string added to a query
-    is a text; a path, a PIL picture or an array is a picture, or a ready vector where it has one dimension.
+    A string is a text; a `Path`, a PIL picture or an array is a picture, or a ready vector where the array has one
+    dimension; `Query.image("photo.jpg")` and `Query.id("15970")` are for names that are strings. The vector of each
+    term has length 1 before its weight; the sum is normalised again.
     """
 
     terms: tuple[Term, ...]
 
+    def __init__(self, value: Any) -> None:
+        object.__setattr__(self, "terms", _terms(value))
+
     @staticmethod
     def text(text: str) -> Query:
-        return Query((Term("text", text),))
+        return Query(Term("text", text))
 
     @staticmethod
     def image(picture: Picture) -> Query:
         """A path, an http(s) URL, a PIL picture, or an array uint8 [height, width] or [height, width, 3]."""
-        return Query((Term("image", picture),))
+        return Query(Term("image", picture))
 
     @staticmethod
     def id(row_id: str) -> Query:
         """The stored vector of a catalog row."""
-        return Query((Term("id", row_id),))
-
-    @staticmethod
-    def of(value: Any) -> Query:
-        """Whatever it is: see the class."""
-        if isinstance(value, Query):
-            return value
-        if isinstance(value, str):
-            return Query.text(value)
-        if isinstance(value, np.ndarray) and value.ndim == 1:
-            return Query((Term("vector", value),))
-        if isinstance(value, Path | Image.Image | np.ndarray):
-            return Query.image(value)
-        raise UserError(f"a query is a text, a path, a picture or a vector, not {type(value).__name__}")
+        return Query(Term("id", row_id))
 
     def __add__(self, other: Any) -> Query:
-        return Query(self.terms + Query.of(other).terms)
+        return Query(self.terms + Query(other).terms)
 
     def __radd__(self, other: Any) -> Query:
-        return Query.of(other) + self
+        return Query(other) + self
 
     def __sub__(self, other: Any) -> Query:
-        return self + -1 * Query.of(other)
+        return self + -1 * Query(other)
 
     def __rsub__(self, other: Any) -> Query:
-        return Query.of(other) - self
+        return Query(other) - self
 
     def __mul__(self, weight: float) -> Query:
         if not math.isfinite(weight):
@@ -108,12 +99,19 @@ class Query:
         return {term.value for term in self.terms if term.kind == "id"}
 
     def opened(self, read: Callable[[Picture], Image.Image]) -> Query:
-        """The same query with its pictures read."""
+        """The same query with its pictures read, each once."""
         terms = (
-            replace(term, value=read(term.value), name=str(replace(term, weight=1.0))) if term.kind == "image" else term
+            replace(term, value=read(term.value), name=str(replace(term, weight=1.0)))
+            if term.kind == "image" and term.name is None
+            else term
             for term in self.terms
         )
         return Query(tuple(terms))
+
+    @property
+    def only(self) -> Term | None:
+        """The term of a query that is no sum."""
+        return self.terms[0] if len(self.terms) == 1 else None
 
     def vector(self, embed: Callable[[Term], NDArray[Any]]) -> NDArray[np.float32]:
         """The normalised sum, float32 [dim], of what `embed` gives for the terms. UserError when nothing is left."""
@@ -130,6 +128,23 @@ class Query:
         if length <= _SMALLEST * sum(abs(term.weight) for term in self.terms):
             raise UserError(f"{self}: the terms cancel each other out; nothing is left to search for")
         return np.asarray(total / length, np.float32)
+
+
+def _terms(value: Any) -> tuple[Term, ...]:
+    match value:
+        case Query():
+            return value.terms
+        case Term():
+            return (value,)
+        case tuple() if all(isinstance(term, Term) for term in value):
+            return value
+        case str():
+            return (Term("text", value),)
+        case np.ndarray() if value.ndim == 1:
+            return (Term("vector", value),)
+        case Path() | Image.Image() | np.ndarray():
+            return (Term("image", value),)
+    raise UserError(f"a query is a text, a path, a picture or a vector, not {type(value).__name__}")
 
 
 def parse(text: str) -> Query:

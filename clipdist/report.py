@@ -18,10 +18,18 @@ Rows = Sequence[Sequence[object]]  # of a table, one value per column
 NUMERIC = re.compile(r"[<>+\-−±~]?\d[\d,.]*(e[+-]?\d+)?( ?(%|[kMGTP]?B|ms|s|min|h|d)( \d+ (s|min|h))?)?|nan|-?inf|–")
 
 
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that make a terminal show what follows in another order."""
+
+
 def one_line(text: str) -> str:
-    """The text on one line: white space collapsed, control characters (which a terminal obeys) dropped."""
-    spaced = " ".join(text.split())
-    return "".join(char for char in spaced if unicodedata.category(char) != "Cc")
+    """The text on one line: white space collapsed, and without what commands a terminal."""
+    return obeyed_by_none(" ".join(text.split()))
+
+
+def obeyed_by_none(text: str) -> str:
+    """The text without control characters, which a terminal obeys, and without what reorders its line."""
+    return "".join(char for char in text if unicodedata.category(char) != "Cc" and char not in _REORDERING)
 
 
 def display_width(text: str) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from functools import cached_property
+import threading
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,13 +14,14 @@ from PIL import Image, ImageOps
 
 from clipdist import images, storage
 from clipdist.cache import DiskCache
-from clipdist.config import UserError
+from clipdist.config import UserError, together
 from clipdist.hits import Hit, Hits
 from clipdist.images import BadImage
 from clipdist.manifest import read_manifest
 from clipdist.pictures import read_picture
 from clipdist.query import Picture, Query, Term
 from clipdist.search import Index, Where
+from clipdist.shards import row_of_id
 
 if TYPE_CHECKING:
     from clipdist.query_encoder import QueryEncoder
@@ -49,13 +51,20 @@ class Searcher:
         """`model`: where the model lies, only when it is no longer where it was."""
         self.uri, self.model, self.device, self.cache = embeddings, model, device, cache
         self.allow_private_hosts = allow_private_hosts
+        self._loading = threading.Lock()
         self.stamp = read_manifest(storage.absolute(embeddings), "embeddings").stamp
 
     @cached_property
-    def encoder(self) -> QueryEncoder:
+    def _encoder(self) -> QueryEncoder:
         from clipdist.query_encoder import QueryEncoder  # torch and open_clip: seconds
 
         return QueryEncoder(self.uri, self.stamp, self.model, self.device)
+
+    @property
+    def encoder(self) -> QueryEncoder:
+        """What embeds texts and pictures. UserError when the model is gone, or another one."""
+        with self._loading:
+            return self._encoder
 
     @cached_property
     def images(self) -> Index:
@@ -94,21 +103,28 @@ class Searcher:
     ) -> Hits:
         """The k pictures or texts nearest to any query (`clipdist.query.Query`, or what `Query.of` takes). Rows that
         are asked with by their ids are left out."""
-        asked = Query.of(query)
+        asked = Query(query).opened(self.open_picture)
         if k < 1 or offset < 0:
             raise UserError(f"expected at least 1 hit and an offset of at least 0, got {k} and {offset}")
         index = self.images if find == "images" else self.texts
         wanted = offset + k + len(asked.ids)
-        found = index.search(self.vector(asked), wanted, where, min_score=min_score, collapse=collapse)
+        found = index.search(asked.vector(self._embed), wanted, where, min_score=min_score, collapse=collapse)
         own = asked.ids if find == "images" else set()
         kept = [place for place, row_id in enumerate(found.ids[0]) if row_id not in own][offset : offset + k]
         described = index.describe(found.rows[0][kept])
-        hits = (self._hit(row, found.scores[0][place]) for row, place in zip(described, kept, strict=True))
-        return Hits(str(asked), tuple(hits))
+        ranked = enumerate(zip(described, found.scores[0][kept], strict=True), 1 + offset)
+        hits = tuple(self._hit(row, score, rank) for rank, (row, score) in ranked)
+        return Hits(str(asked), hits, self._asked_with(asked.only))
+
+    def ready(self, query: Any) -> Query:
+        """The query with its pictures read and its catalog rows known to be there; UserError otherwise."""
+        opened = Query(query).opened(self.open_picture)
+        together(*(partial(self._embed, term) for term in opened.terms if term.kind in ("id", "vector")))
+        return opened
 
     def vector(self, query: Any) -> NDArray[np.float32]:
         """The L2-normalised vector of a query, float32 [dim]."""
-        return Query.of(query).vector(self._embed)
+        return Query(query).opened(self.open_picture).vector(self._embed)
 
     def embed_text(self, text: str) -> NDArray[np.float32]:
         return self.encoder.text(text)
@@ -124,7 +140,7 @@ class Searcher:
             case "text":
                 return self.embed_text(term.value)
             case "image":
-                return self.embed_image(term.value)
+                return self.encoder.image(term.value)  # opened by `find`
             case "id":
                 try:
                     return self.images.vector(term.value)
@@ -134,10 +150,17 @@ class Searcher:
             raise UserError(f"a vector of {len(term.value)} numbers; {self.uri} has {self.images.dim} dimensions")
         return np.asarray(term.value)
 
-    def _hit(self, row: dict[str, Any], score: float) -> Hit:
+    def _asked_with(self, term: Term | None) -> Image.Image | Hit | None:
+        """The picture, or the catalog row, that a query is."""
+        if term is None or term.kind != "id":
+            return term.value if term is not None and term.kind == "image" else None
+        row = row_of_id(self.images.shards, term.value)
+        return None if row is None else self._hit(self.images.describe(np.array([row]))[0], 1.0, 1)
+
+    def _hit(self, row: dict[str, Any], score: float, rank: int) -> Hit:
         own = ("id", "caption", "image_uri")
         columns = {name: value for name, value in row.items() if name not in own and value is not None}
-        return Hit(row["id"], row["caption"], float(score), row["image_uri"], columns, self.allow_private_hosts)
+        return Hit(row["id"], row["caption"], float(score), row["image_uri"], columns, self.allow_private_hosts, rank)
 
 
 def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Image.Image:
@@ -150,7 +173,7 @@ def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Imag
     if isinstance(picture, Image.Image):
         upright, buffer = ImageOps.exif_transpose(picture), io.BytesIO()
         plain = upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "HSV", "LAB", "F") else upright
-        plain.save(buffer, "PNG")
+        plain.save(buffer, "PNG", compress_level=0)
         return images.decode(buffer.getvalue())  # transparency and 16 bits as in the catalog
     name = str(picture)
     web = name.lower().startswith(("http://", "https://"))
@@ -158,4 +181,4 @@ def open_picture(picture: Picture, *, allow_private_hosts: bool = False) -> Imag
     try:
         return images.decode(read_picture(uri, allow_private_hosts=allow_private_hosts))
     except BadImage as error:
-        raise UserError(f"{name}: {error.reason}: {error}") from None
+        raise UserError(f"{name}: {error.reason}: {str(error).removeprefix(f'{name}: ')}") from None

@@ -16,7 +16,7 @@ from clipdist.gallery import Tile, thumbnail
 
 Protocol = Literal["kitty", "iterm2", "blocks"]
 
-_CELL = 18  # columns of a picture, with the gap behind it
+_CELL = 20  # columns of a picture, with the gap behind it
 _PIXELS = 160  # of a picture's sides, where the terminal takes pixels
 _KITTY_CHUNK = 4096  # bytes of base64 in one escape sequence, by the protocol
 _MOST_ROWS = 4  # strips at once: more than a screen scrolls away
@@ -27,9 +27,10 @@ def protocol(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Pro
     if not stream.isatty():
         return None
     terminal, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
-    if "KITTY_WINDOW_ID" in environment or "kitty" in terminal or program.lower() == "ghostty":
+    inside = "TMUX" in environment or terminal.startswith(("tmux", "screen"))  # passes on neither protocol
+    if not inside and ("KITTY_WINDOW_ID" in environment or "kitty" in terminal or program.lower() == "ghostty"):
         return "kitty"
-    if program in ("iTerm.app", "WezTerm") or "LC_TERMINAL" in environment:
+    if not inside and (program in ("iTerm.app", "WezTerm") or environment.get("LC_TERMINAL") == "iTerm2"):
         return "iterm2"
     colours = environment.get("COLORTERM", "") in ("truecolor", "24bit") or "256color" in terminal
     return "blocks" if colours else None
@@ -40,7 +41,7 @@ def show(tiles: Sequence[Tile], stream: TextIO, how: Protocol) -> None:
     per_strip = max(1, shutil.get_terminal_size().columns // _CELL)
     for start in range(0, min(len(tiles), per_strip * _MOST_ROWS), per_strip):
         some = tiles[start : start + per_strip]
-        ranks = "".join(f"{start + place:<{_CELL}}" for place in range(1, len(some) + 1))
+        ranks = "".join(f"{tile.rank or start + place:<{_CELL}}" for place, tile in enumerate(some, 1))
         stream.write(f"{ranks.rstrip()}\n{draw(some, how)}\n")
     stream.flush()
 

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from clipdist.config import UserError
@@ -46,6 +45,8 @@ class Filter:
 
     def mask(self, table: pa.Table) -> NDArray[np.bool_]:
         """bool [rows]: which rows of a table with these columns fit."""
+        import pyarrow.dataset as ds  # brings pandas, which a search without a filter is spared
+
         found = ds.dataset(table).scanner(columns={"fits": self.expression}, use_threads=False).to_table()
         mask: NDArray[np.bool_] = pc.fill_null(found.column("fits"), False).to_numpy()
         return mask

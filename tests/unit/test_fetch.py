@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
@@ -264,6 +264,16 @@ def test_private_control(server: Server, dialled: list[str]) -> None:
     assert len(dialled) == 5
 
 
+@pytest.mark.parametrize(
+    "inside", ["127.0.0.1", "169.254.169.254", "::1", "::ffff:127.0.0.1", "fe80::1%eth0", "0.0.0.0"]
+)
+def test_public_names_of_private_addresses_are_never_dialled(inside: str, names: Names, dialled: list[str]) -> None:
+    """As 7f000001.nip.io and localtest.me are; what a name looks like says nothing."""
+    names["7f000001.nip.test"] = [inside]
+    assert failure("http://7f000001.nip.test/body").reason == "private_address"
+    assert dialled == []
+
+
 def test_every_answer_must_be_public(names: Names, dialled: list[str]) -> None:
     names["mixed.test"] = [PUBLIC, "10.0.0.1"]
     assert failure("http://mixed.test/body").reason == "private_address"
@@ -282,6 +292,32 @@ def test_name_that_changes_its_answer(monkeypatch: pytest.MonkeyPatch, dialled: 
     assert fetch(f"http://rebinding.test:{server.server_port}/body") == BODY
     assert dialled == [PUBLIC], "the checked address, not what the name says now"
     assert next(answers) == "127.0.0.1", "the name was asked for once"
+
+
+def test_name_that_changes_its_answer_between_redirects(
+    monkeypatch: pytest.MonkeyPatch, dialled: list[str], server: Server
+) -> None:
+    answers = iter([PUBLIC, "127.0.0.1"])
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *args, **kwargs: real(next(answers) if host == "twice.test" else host, *args, **kwargs),
+    )
+    url = f"http://twice.test:{server.server_port}"
+    assert failure(f"{url}/redirect?{url}/body").reason == "private_address"
+    assert dialled == [PUBLIC]
+
+
+def test_encoded_line_ends_stay_encoded(server: Server) -> None:
+    """In a path, a query, and where a redirect leads: no header is added, no second request sent."""
+    wanted = "/a%0d%0aX-Injected:%201%0d%0a%0d%0aGET%20/b?c=%0D%0AHost:%20d"
+    for url in (wanted, f"/redirect?{quote(wanted)}"):
+        assert fetch(server.url + url, allow_private_hosts=True) == BODY
+        path, headers = server.seen[-1]
+        assert path == wanted
+        assert "X-Injected" not in headers
+    assert len(server.seen) == 3
 
 
 def test_redirects_are_checked_like_urls(names: Names, dialled: list[str], server: Server) -> None:

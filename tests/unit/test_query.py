@@ -72,7 +72,7 @@ def test_a_picture_whose_name_has_spaces(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_terms_have_the_same_length_before_their_weights() -> None:
-    found = (Query.text("red") + "pool" - 0.5 * Query.text("floral")).vector(embed)
+    found = (Query("red") + "pool" - 0.5 * Query("floral")).vector(embed)
     np.testing.assert_allclose(found, np.array([1, 1, -0.5]) / 1.5, rtol=1e-6)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, parse("red + pool - 0.5:floral").vector(embed))
@@ -95,11 +95,11 @@ def test_programs_add_and_subtract(make: Callable[[], Query], expected: list[tup
 
 def test_arrays_are_pictures_or_vectors() -> None:
     for value, kind in ((np.zeros((2, 2, 3), np.uint8), "image"), (np.ones(3), "vector"), (PICTURE, "image")):
-        assert [term.kind for term in Query.of(value).terms] == [kind]
+        assert [term.kind for term in Query(value).terms] == [kind]
         assert [term.kind for term in (Query.text("red") + value).terms] == ["text", kind]
         assert [term.kind for term in (value + Query.text("red")).terms] == [kind, "text"]
     with pytest.raises(UserError, match="not int"):
-        Query.of(3)
+        Query(3)
 
 
 @pytest.mark.parametrize(

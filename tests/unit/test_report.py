@@ -87,6 +87,11 @@ def test_table_cell_cannot_break_the_line_or_command_the_terminal():
     assert len(text.splitlines()) == 3
 
 
+def test_table_cell_cannot_be_shown_in_another_order():
+    text = table(["file"], [["photo\u202egpj.exe\u2066\x9b31m"]])
+    assert text.splitlines()[-1] == "photogpj.exe31m"
+
+
 @pytest.mark.parametrize(("rows", "align"), [([["x"]], None), ([["x", 1, 2]], None), ([], "l"), ([], "lx")])
 def test_table_refuses_what_does_not_fit_the_header(rows, align):
     with pytest.raises(ValueError, match="2 columns"):
@@ -238,6 +243,15 @@ def test_contact_sheet_grows_with_what_was_found_and_may_be_empty(tmp_path):
         sizes.append(Image.open(tmp_path / f"{i}.png").size)
     assert sizes[0][0] < sizes[1][0] < sizes[2][0]
     assert sizes[0][1] <= sizes[1][1] < sizes[2][1]
+
+
+def test_contact_sheet_of_many_goes_on_below(tmp_path):
+    for count in (10, 11, 300):
+        tiles = [Tile(None, "c", rank=100 + place) for place in range(count)]
+        contact_sheet([("q", tiles), (tiles[0], tiles[:1])], tmp_path / f"{count}.png", title="t")
+    wide, longer, longest = (Image.open(tmp_path / f"{count}.png").size for count in (10, 11, 300))
+    assert wide[0] == longer[0] == longest[0]
+    assert longest[1] - longer[1] == 28 * (longer[1] - wide[1])
 
 
 # -- gallery ---------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 from clipdist import cli, find
 from clipdist import searcher as searchers
 from clipdist.config import UserError
+from clipdist.hits import Hit, Hits
 from clipdist.query import Query
 from clipdist.search import Index
 from clipdist.searcher import Searcher
@@ -71,7 +74,7 @@ def test_every_form_of_query(searcher: Searcher, tmp_path: Path) -> None:
         assert [hit.id for hit in searcher.find_image_from_image(form)] == expected
     assert [hit.id for hit in searcher.find_image_from_text("dress")] == ids_of(stand_in.text("dress"))
     assert [hit.id for hit in searcher.find(STORED[3])] == ids_of(STORED[3])
-    mixed = Query.text("dress") + Query.image(picture) - 0.5 * Query.text("shoe")
+    mixed = "dress" + Query(picture) - 0.5 * Query("shoe")
     vector = stand_in.text("dress") + stand_in.image(picture) - 0.5 * stand_in.text("shoe")
     assert [hit.id for hit in searcher.find(mixed)] == ids_of(vector)
 
@@ -131,11 +134,10 @@ print({{"torch", "open_clip", "ray", "matplotlib", "jinja2"}} & set(sys.modules)
 
 
 def evil_hits() -> Any:
-    from clipdist.hits import Hit, Hits
 
     hits = [
         Hit("1", "<script>alert(1)</script>\x1b[31m red", 0.5, "javascript:alert(1)"),
-        Hit("2\x1b]0;title\x07", None, 0.25, None),
+        Hit("2\x1b]0;title\x07", None, 0.25, None, rank=2),
     ]
     return Hits("a <b>query</b>\x1b[0m", tuple(hits))
 
@@ -160,6 +162,71 @@ def test_hits_print_as_a_table(searcher: Searcher) -> None:
     assert lines[1].split() == ["rank", "score", "id", "description"]
     assert len({line.index("  ") for line in lines[3:]}) == 1
     assert str(searcher.find_image_from_text("dress", 3, "price > 1000")) == "dress\nno hits"
+
+
+def test_ranks_stay_with_their_hits(searcher: Searcher, tmp_path: Path) -> None:
+    hits = searcher.find_image_from_text("dress", 6, offset=10)
+    assert [hit.rank for hit in hits] == [11, 12, 13, 14, 15, 16]
+    page = hits[4:]
+    assert isinstance(page, Hits)
+    assert [line.split()[0] for line in str(page).splitlines()[3:]] == ["15", "16"]
+    page.save_gallery(tmp_path / "page.html")
+    for html in (page._repr_html_(), (tmp_path / "page.html").read_text()):
+        assert "15" in html
+        assert "data:image" not in html, "their pictures are gone"
+
+
+def test_a_query_of_one_picture_is_shown_beside_its_hits(
+    searcher: Searcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert searcher.find_image_from_text("dress").picture is None
+    assert searcher.find(Query(draw_shape("red", "circle", 0)) + "dress").picture is None
+    shown = searcher.find_image_from_image(draw_shape("red", "circle", 0))
+    assert shown.picture is not None
+    shown.save_gallery(tmp_path / "shown.html")
+    assert (tmp_path / "shown.html").read_text().count("data:image/jpeg") == 1
+    like = searcher.find_image_from_id("7919")
+    assert like.picture is None, "it is gone from where the catalog had it"
+    monkeypatch.setattr("clipdist.hits.read_picture", lambda uri, **_: _png(uri == "/pictures/1.jpg"))
+    assert like.picture is not None
+    assert np.asarray(like.picture).max() == 255
+
+
+def _png(white: bool) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 255 * white).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_pictures_of_hits_come_from_private_hosts_only_where_allowed(
+    embeddings: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def fetched(url: str, *, max_bytes: int, allow_private_hosts: bool) -> bytes:
+        asked.append((url, allow_private_hosts))
+        return _png(True)
+
+    monkeypatch.setattr("clipdist.pictures.fetch", fetched)
+    searcher = Searcher(embeddings, allow_private_hosts=allowed)
+    hit = replace(searcher.find_image_from_id("7919", 1)[0], image_uri="http://10.0.0.1/a.png")
+    Hits("q", (hit,))._repr_html_()
+    searcher.find(Query.image("http://10.0.0.1/q.png"))
+    assert asked == [("http://10.0.0.1/a.png", allowed), ("http://10.0.0.1/q.png", allowed)]
+
+
+def test_paths_and_json_are_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    uris = ["/a  b/c.jpg", "file:///d.jpg", None, "/e\x1b]0;x\x07\x9b.jpg", "https://host/a.jpg"]
+    hits = Hits("q", tuple(Hit(str(n), "\x9b31m", 0.5, uri) for n, uri in enumerate(uris)))
+    find._print(find.SearchConfig(embeddings="e", format="paths"), hits)
+    assert capsys.readouterr().out.splitlines() == ["/a  b/c.jpg", "/d.jpg", "/e]0;x.jpg", "https://host/a.jpg"]
+    find._print(find.SearchConfig(embeddings="e", format="json"), hits)
+    line = capsys.readouterr().out
+    assert "\x9b" not in line
+    assert "\x1b" not in line
+    assert [hit["image_uri"] for hit in json.loads(line)["hits"]] == uris
+    assert json.loads(line)["hits"][0]["description"] == "\x9b31m"
 
 
 def search(*words: str) -> int:
@@ -194,7 +261,8 @@ def test_all_problems_at_once(embeddings: str, tmp_path: Path, capsys: pytest.Ca
     for words, message in (
         ([], "give a query"),
         (["dress", "-", "dress"], "cancel"),
-        (["--id", "nobody"], "nobody"),
+        (["--id", "nobody", "--id", "no one"], '"no one"'),
+        (["--id", "no one", "--id", "nobody"], '"nobody"'),
         (["dress", "--top", "0"], "top"),
         (["dress", "--where", "prise < 3"], "price"),
         (["dress", "--html", str(tmp_path / "broken.jpg" / "x.html")], "cannot be written"),
@@ -216,6 +284,18 @@ def test_the_gallery_opens_in_the_browser(
     monkeypatch.setattr(find.webbrowser, "open", lambda uri: False)
     assert search(embeddings, "dress", "--open") == 0
     assert "no browser was found" in capsys.readouterr().err
+
+
+def test_the_browser_that_the_environment_names(embeddings: str, tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > "{tmp_path}/opened"\n')
+    browser.chmod(0o755)
+    command = [sys.executable, "-m", "clipdist.cli", "search", embeddings, "--id", "7919", "--open"]
+    environment = {**os.environ, "BROWSER": f"{browser} %s", "TMPDIR": str(tmp_path)}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    uri = (tmp_path / "opened").read_text().strip()
+    assert uri.startswith(f"file://{tmp_path}/clipdist-")
+    assert "<html" in Path(uri.removeprefix("file://")).read_text()
 
 
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: Sequence[str], lines: str) -> Any:

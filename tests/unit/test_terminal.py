@@ -26,6 +26,8 @@ class Terminal(io.StringIO):
         ({"TERM_PROGRAM": "iTerm.app"}, "iterm2"),
         ({"TERM": "xterm-256color"}, "blocks"),
         ({"TERM": "xterm", "COLORTERM": "truecolor"}, "blocks"),
+        ({"TERM": "xterm", "LC_TERMINAL": "iTerm2"}, "iterm2"),
+        ({"TERM": "tmux-256color", "TMUX": "x", "KITTY_WINDOW_ID": "1", "LC_TERMINAL": "iTerm2"}, "blocks"),
         ({"TERM": "dumb"}, None),
         ({}, None),
     ],
@@ -58,7 +60,7 @@ def test_iterm2_gets_a_file() -> None:
 
 def test_blocks_have_the_colours_of_their_pixels() -> None:
     lines = draw(TILES, "blocks").split("\n")
-    assert {line.count("▀") for line in lines} == {3 * 18}
+    assert {line.count("▀") for line in lines} == {3 * 20}
     assert all(line.endswith("\x1b[0m") for line in lines)
     middle = lines[len(lines) // 2]
     assert "\x1b[38;2;255;0;0;48;2;255;0;0m▀" in middle
