@@ -22,7 +22,7 @@ from clipdist.manifest import Manifest, read_manifest
 from clipdist.mine import MineConfig, hits_of
 from clipdist.remove import remove
 from clipdist.search import Index
-from clipdist.shards import encode_shard
+from clipdist.shard_writer import encode_shard
 from tests.unit.some_shards import some_vectors, stamp_of, vector_table
 
 DIM, ROWS = 16, 90
