@@ -193,7 +193,7 @@ def test_other_settings_model_or_input_are_refused_with_both_values(home: Path, 
             config(EmbedConfig, model={"name": tiny_clip}, pairs=str(home / "pairs"), output=str(home / "embeddings"))
         )
     with pytest.raises(UserError, match="made by another model"):
-        Searcher(str(home / "embeddings"), model=tiny_clip)
+        Searcher(str(home / "embeddings"), model=tiny_clip).embed_text("a green square")
 
 
 def test_saved_config_reruns_the_job(home: Path) -> None:
