@@ -123,7 +123,9 @@ class ShardReader:
                 return bytes(pq.read_schema(opened).remove_metadata().serialize())
 
         try:
-            kept = read() if storage.is_local(path) else self._entry("schema", file, None, read)
+            if storage.is_local(path):
+                return pq.read_schema(path).remove_metadata()
+            kept = self._entry("schema", file, None, read)
             return pa.ipc.read_schema(pa.py_buffer(kept))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise damaged(path, error) from None
@@ -137,7 +139,9 @@ class ShardReader:
 
         try:
             if storage.is_local(path):
-                found = read()
+                # Not a file of Python's, which Arrow's threads may still ask for when the process ends: it would abort.
+                with pa.memory_map(path) as mapped:
+                    found = pq.ParquetFile(mapped).read(columns=[name]).replace_schema_metadata(None)
             else:
                 kept = self._entry(f"column {name}", file, None, lambda: _ipc(read()))
                 found = pa.ipc.open_file(pa.py_buffer(kept)).read_all()

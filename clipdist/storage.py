@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from clipdist import patience
 from clipdist.config import UserError
 
+_TRIES = 5  # to put a file in its place, while others sweep
 MORE_THAN_ANY = 1 << 50
 """Bytes: no object of a store is so large."""
 
@@ -194,8 +195,7 @@ def write_atomic(path: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         _patiently(fs, path, lambda: fs.pipe_file(inner, data))
         return
-    temporary = _write_temporary(inner, data)
-    os.replace(temporary, inner)
+    _place(inner, data, os.replace)
 
 
 def upload(folder: str, path: str) -> None:
@@ -215,7 +215,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
     def put() -> bool:
         try:
             if isinstance(fs, LocalFileSystem):
-                _create_file(inner, data)
+                _place(inner, data, os.link)
             elif _is_there(fs, inner):  # a store may ignore the condition without a word
                 raise FileExistsError(inner)
             elif not _create_object(fs, inner, data):
@@ -252,12 +252,20 @@ def has_conditional_put(uri: str) -> bool:
             remove(probe)
 
 
-def _create_file(inner: str, data: bytes) -> None:
-    temporary = _write_temporary(inner, data)
-    try:
-        os.link(temporary, inner)
-    finally:
-        os.unlink(temporary)
+def _place(inner: str, data: bytes, move: Callable[[str, str], None]) -> None:
+    """Writes a temporary file and moves it to its place; anew when `remove_temporaries` of another process took it for
+    what a killed writer left."""
+    for left in reversed(range(_TRIES)):
+        temporary = _write_temporary(inner, data)
+        try:
+            move(temporary, inner)
+            return
+        except FileNotFoundError:
+            if not left:
+                raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
 
 
 def _read(fs: Filesystem, inner: str, start: int | None, end: int | None) -> bytes:

@@ -190,6 +190,7 @@ def at_once(work: Callable[[], Any], count: int = 6) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(results) == count, "one of them failed"
     return results
 
 

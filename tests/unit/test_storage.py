@@ -651,3 +651,25 @@ def test_other_stores_have_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.put_if_absent(f"{uri}/unit", b"first")
     assert storage.put_if_absent(f"{uri}/unit", b"first")
     assert not storage.put_if_absent(f"{uri}/unit", b"second")
+
+
+@pytest.mark.parametrize("move", ["replace", "link"])
+def test_a_file_that_a_sweep_takes_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, move: str) -> None:
+    """Another process takes a living writer's temporary file for what a killed one left: before the move, and after."""
+    real, moments = getattr(os, move), iter(["before", "before", "after"])
+
+    def swept(source: str, target: str) -> None:
+        moment = next(moments)
+        if moment == "before":
+            storage.remove_temporaries(str(tmp_path))
+        real(source, target)
+        storage.remove_temporaries(str(tmp_path))
+
+    monkeypatch.setattr(os, move, swept)
+    path = str(tmp_path / "folder" / "file")
+    if move == "replace":
+        storage.write_atomic(path, b"whole")
+    else:
+        assert storage.put_if_absent(path, b"whole")
+    assert storage.read_bytes(path) == b"whole"
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["file"]
