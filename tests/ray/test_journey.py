@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from clipdist import checkpoint, embed, evaluate, models, prepare, storage, train
+from clipdist import checkpoint, cli, embed, evaluate, models, prepare, storage, train
 from clipdist.config import UserError, load
 from clipdist.embed import EmbedConfig
 from clipdist.evaluate import EvaluateConfig
 from clipdist.manifest import read_manifest
 from clipdist.prepare import PrepareConfig
+from clipdist.query import Query
 from clipdist.recipe import TrainConfig
 from clipdist.search import Index
 from clipdist.searcher import Searcher
@@ -147,6 +148,24 @@ def test_searching_finds_what_is_asked_for(home: Path) -> None:
     assert "green" in (searcher.find_text_from_image(str(picture), 1)[0].description or "")
     red = searcher.find_image_from_text("a green square", 5, where="colour = 'red' and shape in ('square', 'cross')")
     assert [hit.columns["colour"] for hit in red] == ["red"] * 5
+    like = searcher.find_image_from_id("green-square-004", 5)
+    assert "green-square-004" not in [hit.id for hit in like]
+    assert sum(hit.columns["colour"] == "green" and hit.columns["shape"] == "square" for hit in like) >= 4
+    other = searcher.find(Query(picture) + "a red square" - Query("a green square"), 5)
+    assert sum(hit.columns["colour"] == "red" and hit.columns["shape"] == "square" for hit in other) >= 3
+
+
+def test_the_command_finds_prints_and_saves(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["search", str(home / "embeddings"), "a green square", "--id", "red-circle-001", "--top", "3"]
+    files = ["--html", str(tmp_path / "hits.html"), "--sheet", str(tmp_path / "hits.png")]
+    assert cli.main([*command, *files, "--format", "paths"]) == 0
+    places = capsys.readouterr().out.splitlines()
+    assert len(places) == 6
+    assert all(Path(place.partition("#row=")[0]).is_file() for place in places), "rows of the pairs"
+    assert (tmp_path / "hits.html").read_text().count("data:image/jpeg") == 7, (
+        "six hits, and the row that was asked with"
+    )
+    assert (tmp_path / "hits.png").stat().st_size > 1000
 
 
 def test_evaluation_counts_equal_captions_as_right(home: Path) -> None:
